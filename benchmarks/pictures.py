@@ -1,0 +1,73 @@
+"""The pictures that step caching is measured on: which model, which captions, which noise, and how far two results are apart."""
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_sampling
+import comfy.sample
+import comfy.sd
+import torch
+from torch import Tensor
+
+from testbed import captions, procedural
+from testbed.nodes.patch_vae import PatchVAE
+from testbed.nodes.text import encode
+
+MODELS = Path(__file__).resolve().parent.parent / "testbed" / "models"
+EXACT = 120.0    # dB, for pictures that are equal
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model of the test bed and its captions; two noise seeds each, 128 px."""
+
+    file: str
+    captions: tuple[str, ...]
+    shift: float | None = None    # Z-Image's, which the stock node ModelSamplingAuraFlow sets
+
+    @property
+    def name(self) -> str:
+        return Path(self.file).stem
+
+    def load(self):
+        patcher = comfy.sd.load_diffusion_model(str(MODELS / self.file))
+        if self.shift is None:
+            return patcher
+
+        class Sampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+            pass
+
+        sampling = Sampling(patcher.model.model_config)
+        sampling.set_parameters(shift=self.shift, multiplier=1.0)
+        clone = patcher.clone()
+        clone.add_object_patch("model_sampling", sampling)
+        return clone
+
+    def pictures(self):
+        """(caption, noise [1, 16, 16, 16])"""
+        for i, caption in enumerate(self.captions):
+            for seed in range(2):
+                yield caption, torch.randn((1, 16, 16, 16), generator=torch.Generator().manual_seed(1000 + 10 * i + seed))
+
+
+DRAWN = tuple(procedural.caption(row) for row in procedural.sample_attributes(8, torch.Generator().manual_seed(777)).tolist())
+SUBJECTS = (
+    Subject("flux_tiny.safetensors", captions.DEMO[:8]),
+    Subject("z_image_tiny.safetensors", captions.DEMO[:8], shift=3.0),
+    Subject("tiny_flux_trained128.safetensors", DRAWN),
+)
+VAE = PatchVAE()
+
+
+def sample(patcher, caption: str, noise: Tensor, steps: int, cfg: float, sampler: str) -> Tensor:
+    tokens, pooled = encode(caption)
+    positive = [[tokens, {"pooled_output": pooled, "guidance": 3.5}]]
+    negative = [[torch.zeros_like(tokens), {"pooled_output": torch.zeros_like(pooled), "guidance": 3.5}]]
+    with torch.inference_mode():
+        return comfy.sample.sample(patcher, noise, steps, cfg, sampler, "simple", positive, negative, torch.zeros_like(noise), disable_pbar=True, seed=1)
+
+
+def psnr(latent: Tensor, reference: Tensor) -> float:
+    """dB between the decoded, clamped pictures, peak 1."""
+    error = (VAE.decode(latent) - VAE.decode(reference)).square().mean().item()
+    return EXACT if error < 1e-12 else -10 * math.log10(error)

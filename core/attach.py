@@ -1,0 +1,161 @@
+"""The one place that touches ModelPatcher: it clones the model, leaves settings on the clone and wraps the host's calls.
+
+OUTER_SAMPLE opens and closes the run; PREDICT_NOISE is one solver evaluation; CALC_COND_BATCH tells the main pass
+from guidance that repeats it; APPLY_MODEL and DIFFUSION_MODEL are where rows and blocks are.
+"""
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import comfy.model_patcher
+import comfy.model_sampling
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from .families import FAMILIES, family_of
+from .report import Report
+from .run import Run, Settings
+from .stepcache.governor import stand_down
+from .stepcache.levels import Blocks, Call, Seam
+from .store import Row
+
+log = logging.getLogger("reprise")
+
+KEY = "reprise.step_cache"
+RUN = "reprise.run"
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What rides on the model: settings, and whom to tell how it went."""
+
+    settings: Settings
+    notify: Callable[[Report], None]
+
+
+def attach_step_cache(model, settings: Settings, notify: Callable[[Report], None] = lambda report: None):
+    """A clone of `model` with the step cache on it; a second one takes the place of the first."""
+    clone = model.clone()
+    clone.model_options.setdefault("transformer_options", {})[KEY] = Attachment(settings, notify)
+    for kind, wrapper in WRAPPERS.items():
+        clone.remove_wrappers_with_key(kind, KEY)
+        clone.add_wrapper_with_key(kind, KEY, wrapper)
+    return clone
+
+
+def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+    guider = executor.class_obj
+    attachment = guider.model_options["transformer_options"][KEY]
+    run, report = open_run(attachment.settings, guider, sampler, sigmas)
+    if run is None:
+        log.info(report.line())
+        attachment.notify(report)
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    options = guider.model_options
+    guider.model_options = comfy.model_patcher.create_model_options_clone(options)
+    guider.model_options["transformer_options"][RUN] = run
+    try:
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    finally:
+        guider.model_options = options
+        report = run.close()
+        log.info(report.line())
+        attachment.notify(report)
+
+
+def open_run(settings: Settings, guider, sampler, sigmas) -> tuple[Run | None, Report]:
+    """The run, or None and a report that says why there is none."""
+    options = guider.model_options["transformer_options"]
+    name = getattr(getattr(sampler, "sampler_function", None), "__name__", type(sampler).__name__).removeprefix("sample_")
+    network = guider.model_patcher.model.diffusion_model
+    family = family_of(network)
+    wrappers = {key for kind in options.get("wrappers", {}).values() for key, entries in kind.items() if entries}
+    reason = stand_down(len(sigmas) - 1, wrappers, set(options))
+    if family is None:
+        reason = f"{type(network).__name__} is of no known model family ({', '.join(FAMILIES)}); sampling runs as without the node"
+    if reason:
+        return None, Report(state="off", reason=reason, model=family.name if family else type(network).__name__, sampler=name, steps=len(sigmas) - 1)
+    space = guider.model_patcher.get_model_object("model_sampling")
+    schedule = sigmas.tolist()
+    start, end = (float(space.percent_to_sigma(percent)) for percent in (settings.start_percent, settings.end_percent))
+    flow = isinstance(space, comfy.model_sampling.CONST)
+    run = Run(settings, family, schedule, flow, name, math.inf if settings.start_percent <= 0 else start, end if settings.end_percent < 1 else 0.0)
+    return run, run.report
+
+
+def predict_noise(executor, x, timestep, model_options=None, seed=None):
+    model_options = model_options or {}
+    run = model_options.get("transformer_options", {}).get(RUN)
+    if run is None or x.is_nested:
+        return executor(x, timestep, model_options, seed)
+    sigma = timestep.flatten()[:1].float()
+    run.begin(sigma.item())
+    if run.level.seam is Seam.GUIDED and sigma > 0:
+        row = Row(str(x.device), 0, None, 0, None, tuple(x.shape))
+        call = Call((row,), x, sigma.to(x.device).view([1] * x.ndim))
+        denoised = run.level.evaluate(run.cache, call, lambda: executor(x, timestep, model_options, seed))
+    else:
+        denoised = executor(x, timestep, model_options, seed)
+    run.finish()
+    return denoised
+
+
+def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
+    options = model_options.get("transformer_options", {})
+    run = options.get(RUN)
+    if run is not None:
+        run.batch(window_of(options))
+    return executor(model, conds, x_in, timestep, model_options)
+
+
+def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
+    options = transformer_options or {}
+
+    def compute():
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    run = options.get(RUN)
+    rows = rows_of(run, options, x, Seam.MODEL)
+    if not rows:
+        return compute()
+    sigma = t.float().to(x.device).view([-1] + [1] * (x.ndim - 1))
+    return run.level.evaluate(run.cache, Call(rows, x, sigma), compute)
+
+
+def diffusion_model(executor, *args, **kwargs):
+    options = kwargs.get("transformer_options")
+    if options is None:
+        options = next((a for a in reversed(args) if isinstance(a, dict) and "sigmas" in a), {})
+    run, network = options.get(RUN), executor.class_obj
+    x = args[0] if args else kwargs.get("x")
+    rows = rows_of(run, options, x, Seam.NETWORK)
+    if not rows or not run.family.matches(network):
+        return executor(*args, **kwargs)
+    blocks = Blocks(run.family.blocks(network), run.family.always_run(network))
+    return run.level.evaluate(run.cache, Call(rows, blocks=blocks), lambda: executor(*args, **kwargs))
+
+
+def rows_of(run: Run | None, options: dict, x, seam: Seam) -> tuple[Row, ...]:
+    """The rows of a model call, or none where the level is another one or the call is not understood: then it is computed."""
+    if run is None or run.level.seam is not seam or run.ordinal is None or torch.compiler.is_compiling() or not torch.is_tensor(x):
+        return ()
+    uuids, conds = options.get("uuids"), options.get("cond_or_uncond")
+    if not uuids or not conds or len(uuids) != len(conds) or x.shape[0] % len(uuids):
+        return ()
+    shape = (x.shape[0] // len(uuids), *x.shape[1:])
+    return run.rows(str(x.device), uuids, conds, window_of(options), shape)
+
+
+def window_of(options: dict) -> tuple | None:
+    window = options.get("context_window")
+    return None if window is None else tuple(window.index_list)
+
+
+WRAPPERS = {
+    WrappersMP.OUTER_SAMPLE: outer_sample,
+    WrappersMP.PREDICT_NOISE: predict_noise,
+    WrappersMP.CALC_COND_BATCH: calc_cond_batch,
+    WrappersMP.APPLY_MODEL: apply_model,
+    WrappersMP.DIFFUSION_MODEL: diffusion_model,
+}

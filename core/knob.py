@@ -1,0 +1,28 @@
+"""A setting the user may turn, told once: the dataclass field is the default, the widget and its help."""
+from dataclasses import Field, field, fields
+
+
+def knob(default, help: str, low=None, high=None, step=None, choices: tuple[str, ...] | None = None):
+    """A dataclass field with what a widget needs to know. Numbers want `low` and `high`, texts want `choices`."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "step": step, "choices": choices})
+
+
+def knobs(entry) -> list[Field]:
+    """The knobs of a dataclass or of an instance of one, in order."""
+    return [f for f in fields(entry) if "help" in f.metadata]
+
+
+def settings(entry) -> dict:
+    """{knob: value} of an instance."""
+    return {f.name: getattr(entry, f.name) for f in knobs(entry)}
+
+
+def checked(entry):
+    """`entry`, or a ValueError that names the knob which is out of its range."""
+    for f in knobs(entry):
+        value, limits = getattr(entry, f.name), f.metadata
+        if limits["choices"] is not None and value not in limits["choices"]:
+            raise ValueError(f"{entry.name}: {f.name} is '{value}'; choose one of {', '.join(limits['choices'])}")
+        if limits["low"] is not None and not limits["low"] <= value <= limits["high"]:
+            raise ValueError(f"{entry.name}: {f.name} is {value}; it must lie between {limits['low']} and {limits['high']}")
+    return entry

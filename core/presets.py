@@ -1,0 +1,14 @@
+"""Settings by name, the same for every model. What each costs and saves is measured in benchmarks/results."""
+from .run import Settings
+from .stepcache.levels.automatic import Automatic as AutomaticLevel
+from .stepcache.policies.error_control import ErrorControl
+from .stepcache.predictors.automatic import Automatic as AutomaticPredictor
+
+TOLERANCE = {"safe": 0.015, "balanced": 0.03, "fast": 0.06}
+PRESETS = tuple(TOLERANCE)
+
+
+def preset_settings(name: str) -> Settings:
+    if name not in TOLERANCE:
+        raise ValueError(f"unknown preset '{name}'; known: {', '.join(PRESETS)}, custom")
+    return Settings(ErrorControl(TOLERANCE[name]), AutomaticPredictor(), AutomaticLevel())

@@ -1,0 +1,62 @@
+"""What a run did, as data: the node's text, the log and the benchmark read the same record."""
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass
+class Evaluation:
+    sigma: float
+    computed: bool
+    share: float                          # blocks computed / blocks of a full evaluation
+    predicted_error: float | None = None  # of the skip, or of the skip that was not taken; relative
+    hindcast_error: float | None = None   # of the prediction that would have stood in for a computed evaluation
+    ms: float = 0.0
+    why: str = ""
+
+
+@dataclass
+class Report:
+    state: str = "ran"   # ran | off
+    reason: str = ""     # why it is off, or why it fell back
+    node_id: str | None = None
+    model: str = ""
+    sampler: str = ""
+    steps: int = 0
+    policy: str = ""
+    predictor: str = ""
+    level: str = ""
+    settings: dict = field(default_factory=dict)
+    seconds: float = 0.0
+    cache_bytes: int = 0
+    each: list[Evaluation] = field(default_factory=list)
+
+    @property
+    def evaluations(self) -> float:
+        """Blocks computed divided by the blocks of a full evaluation, summed over the run."""
+        return sum(e.share for e in self.each)
+
+    @property
+    def computed(self) -> int:
+        return sum(e.computed for e in self.each)
+
+    def as_dict(self) -> dict:
+        record = asdict(self)
+        return record | {
+            "evaluations": round(self.evaluations, 4), "baseline_evaluations": len(self.each),
+            "computed_steps": self.computed, "skipped_steps": len(self.each) - self.computed,
+        }
+
+    def line(self) -> str:
+        """One line for the log and the node."""
+        if self.state == "off":
+            return f"Step Cache is off: {self.reason}"
+        total, skipped = len(self.each), len(self.each) - self.computed
+        share = f" ({total / self.evaluations:.2f}x fewer)" if skipped and self.evaluations else ""
+        text = f"Step Cache: {self.evaluations:.4g} of {total} evaluations{share}, {self.computed} computed, {skipped} skipped"
+        errors = [e.predicted_error for e in self.each if not e.computed and e.predicted_error is not None]
+        if errors:
+            text += f", predicted error per skip {sum(errors) / len(errors):.2%}"
+        measured = [e.hindcast_error for e in self.each if e.hindcast_error is not None]
+        if measured:
+            text += f", measured {sum(measured) / len(measured):.2%}"
+        text += f", {self.seconds:.2f} s"
+        return text + (f" ({self.reason})" if self.reason else "")

@@ -1,0 +1,81 @@
+"""One sampling run: it begins, knows where it is, and ends. It owns every tensor that lives across evaluations."""
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from .families import Family
+from .knob import settings as knob_settings
+from .report import Report
+from .step import Clock
+from .stepcache.cache import StepCache
+from .stepcache.governor import DETERMINISTIC, Governor
+from .stepcache.levels import Level
+from .stepcache.policies import Policy
+from .stepcache.predictors import Predictor
+from .store import Row
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a Step Cache node puts on a model: immutable, and without tensors."""
+
+    policy: Policy
+    predictor: Predictor
+    level: Level
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    max_consecutive_skips: int = 4
+
+    def __post_init__(self):
+        level = self.level.resolve(self.policy)
+        if self.policy.needs_forward and not level.gates:
+            raise ValueError(f"policy '{self.policy.name}' must see the first blocks run, and level '{level.name}' runs none on a skip; "
+                             "choose level 'block range' or 'automatic'")
+
+    def as_dict(self) -> dict:
+        chosen = {kind: {"name": entry.name, **knob_settings(entry)} for kind, entry in
+                  (("policy", self.policy), ("predictor", self.predictor), ("level", self.level))}
+        return chosen | {"start_percent": self.start_percent, "end_percent": self.end_percent, "max_consecutive_skips": self.max_consecutive_skips}
+
+
+class Run:
+    """Opened and closed around the host's outer sampling call; lives in that call's model options only."""
+
+    def __init__(self, settings: Settings, family: Family, sigmas: list[float], flow: bool, sampler: str, start_sigma: float, end_sigma: float):
+        self.family, self.level = family, settings.level.resolve(settings.policy)
+        self.clock = Clock(sigmas, flow)
+        steady = sampler in DETERMINISTIC
+        candidates = [c for c in settings.predictor.candidates() if steady or c.history <= 2] or list(settings.predictor.candidates())
+        self.report = Report(
+            model=family.name, sampler=sampler, steps=self.clock.steps, policy=settings.policy.name, predictor=settings.predictor.name,
+            level=self.level.name, settings=settings.as_dict(), reason="" if steady else f"{sampler} adds noise on the way, so at most one skip in a row")
+        governor = Governor(start_sigma, end_sigma, settings.max_consecutive_skips if steady else min(settings.max_consecutive_skips, 1))
+        self.cache = StepCache(settings.policy, candidates, governor, self.report)
+        self.begun = time.perf_counter()
+        self.ordinals: Counter = Counter()
+        self.ordinal: int | None = None
+
+    def begin(self, sigma: float) -> None:
+        """A solver evaluation begins."""
+        self.ordinals.clear()
+        self.ordinal = None
+        self.cache.begin(self.clock.tick(sigma))
+
+    def finish(self) -> None:
+        self.cache.finish()
+
+    def batch(self, window: tuple | None) -> None:
+        """The conditions of one pass are about to be evaluated: the main pass first, guidance that repeats them after it.
+
+        Counted within a context window, because windows go through the same call one after the other.
+        """
+        self.ordinal = self.ordinals[window]
+        self.ordinals[window] += 1
+
+    def rows(self, device: str, uuids, conds, window: tuple | None, shape: tuple) -> tuple[Row, ...]:
+        return tuple(Row(device, self.ordinal, uuid, cond, window, shape) for uuid, cond in zip(uuids, conds, strict=True))
+
+    def close(self) -> Report:
+        self.report.seconds = time.perf_counter() - self.begun
+        self.cache.close()
+        return self.report

@@ -1,0 +1,71 @@
+"""Where a run is: told from the sigmas of the schedule, never from counting calls."""
+import math
+from bisect import bisect_left
+from dataclasses import dataclass
+
+CLOSE = 1e-4  # two sigmas this near, relatively, are the same place
+
+
+@dataclass(frozen=True)
+class Step:
+    """One solver evaluation. Heun and its kin evaluate more than once per step of the schedule."""
+
+    evaluation: int   # its number in the run, from 0
+    place: float      # position in the schedule in steps; between two sigmas it is a fraction
+    steps: int        # steps of the schedule
+    sigma: float
+    log_snr: float
+    width: float      # the sigma that this step covers, relative to the mean over the schedule
+    rises: bool = False   # sigma is above that of the evaluation before: a restart
+
+    @property
+    def index(self) -> int:
+        """The step of the schedule that this evaluation belongs to."""
+        return min(int(self.place + CLOSE), self.steps - 1)
+
+    @property
+    def last(self) -> bool:
+        return self.index >= self.steps - 1
+
+
+class Clock:
+    """Turns the sigma of an evaluation into a Step.
+
+    sigmas: the schedule, falling, last one usually 0. `flow` tells rectified flow (x = (1 - sigma) x0 + sigma eps)
+    from the variance-exploding form, which matters for log-SNR alone.
+    """
+
+    def __init__(self, sigmas: list[float], flow: bool):
+        self.sigmas, self.flow = [float(s) for s in sigmas], flow
+        self.steps = len(self.sigmas) - 1
+        self.mean_width = max((self.sigmas[0] - self.sigmas[-1]) / max(self.steps, 1), 1e-9)
+        self.evaluations, self.before = 0, None
+
+    def tick(self, sigma: float) -> Step:
+        place = self.place(sigma)
+        index = min(int(place + CLOSE), self.steps - 1)
+        step = Step(
+            evaluation=self.evaluations, place=place, steps=self.steps, sigma=sigma, log_snr=self.log_snr(sigma),
+            width=abs(self.sigmas[index] - self.sigmas[index + 1]) / self.mean_width,
+            rises=self.before is not None and sigma > self.before * (1 + CLOSE),
+        )
+        self.evaluations, self.before = self.evaluations + 1, sigma
+        return step
+
+    def place(self, sigma: float) -> float:
+        falling = [-s for s in self.sigmas]
+        after = bisect_left(falling, -sigma * (1 + CLOSE))
+        if after < len(self.sigmas) and math.isclose(self.sigmas[after], sigma, rel_tol=CLOSE, abs_tol=1e-8):
+            return float(after)
+        if after == 0:
+            return 0.0
+        if after == len(self.sigmas):
+            return float(self.steps)
+        above, below = self.sigmas[after - 1], self.sigmas[after]
+        return after - 1 + (above - sigma) / max(above - below, 1e-12)
+
+    def log_snr(self, sigma: float) -> float:
+        if self.flow:
+            bounded = min(max(sigma, 1e-3), 1 - 1e-3)
+            return math.log((1 - bounded) / bounded)
+        return -math.log(max(sigma, 1e-3))

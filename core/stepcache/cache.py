@@ -1,0 +1,134 @@
+"""The step cache of one run: asks governor and policy, keeps the snapshots, predicts, and keeps the record."""
+import threading
+import time
+from collections import deque
+
+from torch import Tensor
+
+from ...kernels.combine import combine
+from ..report import Evaluation, Report
+from ..step import Step
+from ..store import SAME_PLACE, Row, Snapshot, Store
+from .governor import Governor
+from .hindcast import Hindcast, relative_error, sampled
+from .policies import Policy, View
+from .predictors.hold import Hold
+
+
+class StepCache:
+    """One per run, dropped with it; there is no reset.
+
+    begin(step) ... the level calls `skips`, `predict`, `learn` and `ran` ... finish(), or nothing after an exception.
+    """
+
+    def __init__(self, policy: Policy, candidates, governor: Governor, report: Report):
+        self.policy, self.governor, self.report = policy, governor, report
+        self.hindcast = Hindcast(candidates)
+        depth = max(candidate.history for candidate in self.hindcast.candidates)
+        self.store = Store(depth)
+        self.computed: deque[Step] = deque(maxlen=depth)
+        self.lock = threading.Lock()
+        self.skipped_in_a_row, self.owed = 0, 0.0
+        self.signal: Tensor | None = None    # first blocks' residual of the gate's row at the last computed step
+        self.fresh_signal: Tensor | None = None
+        self.step: Step | None = None
+        self.broken = ""                     # why everything is computed from here on
+
+    # one evaluation ------------------------------------------------------------------------------------------------
+    def begin(self, step: Step) -> None:
+        if step.rises:
+            self.forget()
+        self.step, self.begun = step, time.perf_counter()
+        self.shares: list[float] = []
+        self.fresh_signal = None
+        self.best, expected = self.hindcast.choose(tuple(self.computed), step)
+        self.expected = None if expected is None else expected * step.width
+        self.why = self.broken or self.governor.must_compute(step, tuple(self.computed), self.skipped_in_a_row)
+        self.decision: bool | None = None
+        if self.why or not self.policy.needs_forward:
+            self.decide(None)
+
+    def decide(self, drift: float | None) -> None:
+        view = View(self.step, tuple(self.computed), self.expected, self.owed, drift)
+        self.decision = not self.why and self.best is not None and self.policy.skip(view)
+
+    def skips(self, signal: Tensor | None = None) -> bool:
+        """Whether this evaluation is a skip.
+
+        A policy that needs a forward decides on the first call, from `signal`, the first blocks' residual of the row
+        that the host runs first; every later call of the evaluation obeys.
+        """
+        with self.lock:
+            if self.fresh_signal is None and signal is not None and self.policy.needs_forward:
+                self.fresh_signal = signal.clone()
+            if self.decision is None:
+                known = self.signal is not None and signal is not None and self.signal.shape == signal.shape
+                self.decide(relative_error(sampled(signal), sampled(self.signal)).item() if known else None)
+            return self.decision
+
+    def finish(self) -> None:
+        """The evaluation came to its end: settle the scores, move the history on, write the record."""
+        step = self.step
+        share = sum(self.shares) / len(self.shares) if self.shares else float(not self.decision)
+        skipped = bool(self.decision) and share < 1     # rows without a history are computed on a skip, too
+        self.hindcast.last = None
+        if skipped:
+            self.skipped_in_a_row += 1
+            self.owed += self.expected or 0.0
+        else:
+            self.hindcast.settle(self.best)
+            while self.computed and abs(self.computed[-1].place - step.place) < SAME_PLACE:
+                self.computed.pop()
+            self.computed.append(step)
+            self.skipped_in_a_row, self.owed, self.signal = 0, 0.0, self.fresh_signal
+        self.report.each.append(Evaluation(
+            sigma=step.sigma, computed=not skipped, share=share, predicted_error=self.expected, hindcast_error=self.hindcast.last,
+            ms=1000 * (time.perf_counter() - self.begun), why=self.why))
+
+    # rows, called by the levels --------------------------------------------------------------------------------------
+    def ready(self, row: Row, shape=None) -> bool:
+        """Whether a row's snapshots reach up to the last computed step, and have the shape that is wanted now."""
+        past = self.store.get(row)
+        return bool(past) and past[-1].step.evaluation >= self.computed[-1].evaluation and (shape is None or past[-1].value.shape == shape)
+
+    def predict(self, row: Row) -> Tensor:
+        """What stands in for the row now, a new tensor. The row must be ready."""
+        past = self.store.get(row)
+        used: tuple[Snapshot, ...] = past[-self.best.history:]
+        predictor = self.best if len(used) == self.best.history else self.fallback(len(used))
+        used = past[-predictor.history:]
+        return combine(predictor.weights([s.step for s in used], self.step), [s.value for s in used])
+
+    def fallback(self, snapshots: int):
+        """The best predictor that a row with a shorter history than the others can serve."""
+        able = [candidate for candidate in self.hindcast.candidates if candidate.history <= snapshots]
+        return able[-1] if able else Hold()
+
+    def learn(self, row: Row, value: Tensor) -> None:
+        """Keep what was computed for a row; `value` must be the cache's own. Only the main pass is scored."""
+        past = self.store.get(row)
+        if row.ordinal == 0 and past and past[-1].value.shape == value.shape and not self.decision:
+            self.hindcast.score(past, self.step, value)
+        self.store.put(row, self.step, value)
+
+    def ran(self, rows: int, share: float) -> None:
+        """`rows` conditions were evaluated with this share of the blocks of a full evaluation."""
+        with self.lock:
+            self.shares += [share] * rows
+
+    # the run ---------------------------------------------------------------------------------------------------------
+    def give_up(self, why: str) -> None:
+        """Compute everything from the next evaluation on, and say so."""
+        self.broken = self.broken or why
+        self.report.reason = self.broken
+
+    def forget(self) -> None:
+        self.store.clear()
+        self.computed.clear()
+        self.skipped_in_a_row, self.owed, self.signal = 0, 0.0, None
+
+    def close(self) -> None:
+        self.report.cache_bytes = self.store.peak
+        self.forget()
+        self.fresh_signal = None
+        self.hindcast.waiting.clear()

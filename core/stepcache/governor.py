@@ -1,0 +1,46 @@
+"""Hard rules that no policy can overrule, and reasons not to run at all."""
+from dataclasses import dataclass
+
+from ..step import Step
+
+FEWEST_STEPS = 9
+
+# The host's sampler functions, less their "sample_", that add no noise on the way. Any other gets short skips and low orders.
+DETERMINISTIC = frozenset({
+    "euler", "heun", "heunpp2", "exp_heun_2_x0", "dpm_2", "lms", "dpmpp_2m", "ipndm", "ipndm_v", "deis", "res_multistep", "gradient_estimation",
+    "unipc", "unipc_bh2", "euler_cfg_pp", "dpmpp_2m_cfg_pp", "res_multistep_cfg_pp", "ddim",
+})
+
+# Step skippers that would act on the same model: wrapper keys, and keys they leave in transformer_options.
+OTHER_SKIPPERS = {"easycache": "EasyCache", "lazycache": "LazyCache", "rel_l1_thresh": "TeaCache", "magcache_thresh": "MagCache"}
+
+
+@dataclass(frozen=True)
+class Governor:
+    start_sigma: float      # skips are allowed from here
+    end_sigma: float        # to here
+    max_skips: int          # in a row
+
+    def must_compute(self, step: Step, computed: tuple[Step, ...], skips: int) -> str:
+        """Why this evaluation may not be skipped; empty when the policy may decide."""
+        if not computed:
+            return "first step"
+        if step.last:
+            return "last step"
+        if step.rises:
+            return "sigma rises"
+        if not self.end_sigma <= step.sigma <= self.start_sigma:
+            return "outside start and end"
+        if skips >= self.max_skips:
+            return "most skips in a row"
+        return ""
+
+
+def stand_down(steps: int, wrapper_keys: set[str], option_keys: set[str]) -> str:
+    """Why the step cache must not act on this run; empty when it may."""
+    if steps < FEWEST_STEPS:
+        return f"the run has {steps} steps, and below {FEWEST_STEPS} a skip costs more than a step less; set fewer steps instead"
+    for key, name in OTHER_SKIPPERS.items():
+        if key in wrapper_keys or key in option_keys:
+            return f"{name} is on the same model, and two step caches multiply their errors; remove one of them"
+    return ""

@@ -1,0 +1,77 @@
+"""Hindcast: at every computed step, score each predictor on what it would have said.
+
+    e = mean|H' - H| / mean|H|          c <- (c + e / reach) / 2          expected(t) = c * reach(t)
+"""
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...kernels.combine import combine
+from ..step import Step
+from ..store import SAME_PLACE, Snapshot
+
+SAMPLE = 1 << 18  # elements looked at, more than enough for a mean
+
+
+def sampled(value: Tensor) -> Tensor:
+    """A strided view of at most about SAMPLE elements; the odd stride walks through all channels."""
+    flat = value.reshape(-1)
+    return flat[:: (flat.numel() // SAMPLE) | 1]
+
+
+def relative_error(predicted: Tensor, actual: Tensor) -> Tensor:
+    """0-d, fp32, still on the device."""
+    return (predicted.float() - actual.float()).abs().mean() / actual.float().abs().mean().clamp_min(1e-12)
+
+
+class Hindcast:
+    """The errors of the competing predictors over a run."""
+
+    def __init__(self, candidates: Sequence):
+        self.candidates = tuple(candidates)
+        self.rate: dict = {}         # candidate: c
+        self.waiting: list[tuple[object, float, Tensor]] = []
+        self.last: float | None = None   # the error of the best one at the last computed step
+
+    def score(self, past: Sequence[Snapshot], step: Step, actual: Tensor) -> None:
+        """Compare every candidate that has history enough with `actual`. Nothing is read back from the device yet.
+
+        Heun and its kin come back to the same sigma; nothing can be learnt there about how errors grow with distance.
+        """
+        if abs(step.place - past[-1].step.place) < SAME_PLACE:
+            return
+        seen = sampled(actual)
+        for candidate in self.candidates:
+            if len(past) >= candidate.history:
+                used = past[-candidate.history:]
+                steps = [snapshot.step for snapshot in used]
+                guess = combine(candidate.weights(steps, step), [sampled(snapshot.value) for snapshot in used])
+                self.waiting.append((candidate, candidate.reach(steps, step), relative_error(guess, seen)))
+
+    def settle(self, best) -> None:
+        """Read the scores back, in one transfer, and remember them. `best` is the candidate that would have been used."""
+        if not self.waiting:
+            return
+        errors = torch.stack([error for *_, error in self.waiting]).tolist()
+        worst: dict = {}
+        for (candidate, reach, _), error in zip(self.waiting, errors, strict=True):
+            error = error if error == error else float("inf")
+            if candidate not in worst or error > worst[candidate][0]:
+                worst[candidate] = (error, error / max(reach, 1e-12))
+        for candidate, (_, rate) in worst.items():
+            self.rate[candidate] = rate if candidate not in self.rate else (self.rate[candidate] + rate) / 2
+        self.last = worst[best][0] if best in worst else None
+        self.waiting.clear()
+
+    def choose(self, past: Sequence[Step], at: Step) -> tuple[object, float | None]:
+        """The candidate with the least expected error at `at`, and that error; unknown while none was scored."""
+        scored = {
+            candidate: self.rate[candidate] * candidate.reach(past[-candidate.history:], at)
+            for candidate in self.candidates if candidate in self.rate and len(past) >= candidate.history
+        }
+        if scored:
+            best = min(scored, key=scored.get)
+            return best, scored[best]
+        able = [candidate for candidate in self.candidates if len(past) >= candidate.history]
+        return (able[-1], None) if able else (None, None)

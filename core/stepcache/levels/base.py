@@ -1,0 +1,52 @@
+"""What is skipped: where in a model call the cache steps in. A level sees tensors, rows and blocks, never the host."""
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ...families import Stack
+from ...store import Row
+
+
+class Seam(Enum):
+    """The host's three nested calls that a level may wrap."""
+
+    GUIDED = "guided"      # one solver evaluation: all conditions and guidance
+    MODEL = "model"        # one call of the model, one row per condition in the batch; returns denoised
+    NETWORK = "network"    # the diffusion model inside it
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of the diffusion model that is being called."""
+
+    every: list[tuple[Stack, Any]]
+    always: int     # further blocks, of the same size, that run on every step
+
+
+@dataclass(frozen=True)
+class Call:
+    """x [B, ...] and sigma [B, 1, ...] as the seam has them; rows split the batch evenly, in order."""
+
+    rows: tuple[Row, ...]
+    x: Tensor | None = None
+    sigma: Tensor | None = None
+    blocks: Blocks | None = None
+
+
+class Level(Protocol):
+    """An immutable dataclass with knobs."""
+
+    name: str
+    seam: Seam
+    gates: bool    # it can run the first blocks before a decision
+
+    def resolve(self, policy) -> "Level":
+        """The level that a run works at: itself, unless it only picks one."""
+        ...
+
+    def evaluate(self, cache, call: Call, compute: Callable[[], Any]) -> Any:
+        """The result of the seam: that of `compute()`, untouched, or a prediction."""
+        ...

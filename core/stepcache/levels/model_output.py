@@ -1,0 +1,33 @@
+"""Model output: one call of the model, every condition by itself. Guidance and ControlNet still run.
+
+    d = (x - denoised) / sigma          kept and predicted per condition
+"""
+from dataclasses import dataclass
+
+import torch
+
+from .base import Seam
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    name = "model output"
+    seam = Seam.MODEL
+    gates = False
+
+    def resolve(self, policy):
+        return self
+
+    def evaluate(self, cache, call, compute):
+        n = len(call.rows)
+        parts = call.x.chunk(n)
+        if cache.skips() and all(cache.ready(row, part.shape) for row, part in zip(call.rows, parts, strict=True)):
+            cache.ran(n, 0.0)
+            d = torch.cat([cache.predict(row) for row in call.rows])
+            return (call.x.float() - call.sigma * d).to(call.x.dtype)
+        denoised = compute()
+        d = (call.x.float() - denoised.float()) / call.sigma
+        for row, part in zip(call.rows, d.chunk(n), strict=True):
+            cache.learn(row, part.clone())
+        cache.ran(n, 1.0)
+        return denoised

@@ -1,0 +1,85 @@
+"""The commands of dev.py. Each takes the rest of the command line and returns an exit code."""
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+import time
+from argparse import ArgumentParser
+from pathlib import Path
+
+from .environment import emoji, environment
+from .process import Failure, interrupt_on_endings, run, say
+from .server import ROOT, serving
+
+
+def demo(arguments: list[str], module: str = "testbed.demo") -> int:
+    parser = ArgumentParser(prog="dev.py demo", description="Runs every workflow with and without Reprise.")
+    parser.add_argument("--out", type=Path, default=ROOT / "demo-output", help="folder for the pictures and report.json")
+    options, more = parser.parse_known_args(arguments)
+    out, env = options.out.resolve(), environment()
+    with serving(env) as server:
+        command = [env.python, "-m", module, "--server", server.address, "--out", out, "--workflows", ROOT / "workflows", *more]
+        code = run(command, watch=server.check, cwd=ROOT, env=env.variables())
+        if code:
+            server.check()  # a dead server explains more than a lost connection does
+    return code
+
+
+def test(arguments: list[str]) -> int:
+    env = environment()
+    where = {"cwd": ROOT, "env": env.variables()}
+    tests = [] if any(argument.startswith("tests") for argument in arguments) else ["tests"]
+    style = run([env.python, "-m", "ruff", "check", "."], **where)
+    gently = {"ask": signal.SIGINT, "patience": 15}  # pytest then ends the servers that its fixtures started
+    return run([env.python, "-m", "pytest", *tests, *arguments], **gently, **where) or style
+
+
+def serve(arguments: list[str]) -> int:
+    parser = ArgumentParser(prog="dev.py serve", description="Leaves ComfyUI up with Reprise and the demo models, until Ctrl-C.")
+    parser.add_argument("--port", type=int, help="on 127.0.0.1; a free one is found when it is left out")
+    options = parser.parse_args(arguments)
+    with serving(environment(tests=False), options.port) as server:
+        say(f"ComfyUI is at {server.address} until Ctrl-C; its log is {server.log}")
+        while True:
+            server.check()
+            time.sleep(0.2)
+
+
+def bench(arguments: list[str]) -> int:
+    known = sorted(file.stem.replace("_", "-") for file in (ROOT / "benchmarks").glob("[a-z]*.py"))
+    if not arguments or arguments[0] not in known:
+        raise Failure(f"which benchmark? known: {', '.join(known)}")
+    name, *more = arguments
+    env = environment()
+    return run([env.python, "-m", f"benchmarks.{name.replace('-', '_')}", *more], cwd=ROOT, env=env.variables())
+
+
+def train(arguments: list[str]) -> int:
+    env = environment()
+    return run([env.python, "-m", "testbed.train", *arguments, "--emoji", emoji()], cwd=ROOT, env=env.variables())
+
+
+COMMANDS = {command.__name__: command for command in (demo, test, serve, bench, train)}
+
+
+def main(arguments: list[str], usage: str) -> int:
+    interrupt_on_endings()
+    name, *rest = arguments or ["--help"]
+    try:
+        if name in ("-h", "--help"):
+            print(usage.strip())
+            return 0
+        if name not in COMMANDS:
+            raise Failure(f"no command is called '{name}'; known: {', '.join(COMMANDS)}")
+        return COMMANDS[name](rest)
+    except KeyboardInterrupt:
+        say("interrupted; nothing is left running")
+        return 130
+    except Failure as failure:
+        for line in failure.lines:
+            print(f"  | {line}", file=sys.stderr)
+        print(f"reprise: {failure}", file=sys.stderr)
+    except OSError as error:
+        print("reprise: the disk is full" if error.errno == errno.ENOSPC else f"reprise: {error}", file=sys.stderr)
+    return 1

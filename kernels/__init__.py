@@ -1,0 +1,1 @@
+"""One file per kernel. Knows torch, and nothing of the rest of the pack."""

@@ -1,0 +1,22 @@
+"""What the user sees: one module per group of nodes. A group that fails to import is logged, and the rest loads."""
+import logging
+from importlib import import_module
+
+from ._api import ComfyExtension, io
+
+log = logging.getLogger("reprise")
+
+GROUPS = (
+    "step_cache",
+)
+
+
+class Pack(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        nodes = []
+        for group in GROUPS:
+            try:
+                nodes += import_module(f".{group}", __package__).NODES
+            except Exception:
+                log.exception("Reprise: the nodes of '%s' could not be loaded and are missing from the menu", group)
+        return nodes

@@ -1,0 +1,36 @@
+"""A registry as a node input: one option per entry, with the entry's own knobs below it."""
+from ..core.knob import checked, knobs
+from ..core.registry import Registry
+from ._api import io
+
+
+def choice(name: str, registry: Registry, tooltip: str):
+    """A DynamicCombo; API prompts may leave it, and every knob in it, out."""
+    options = [io.DynamicCombo.Option(key, [widget(field) for field in knobs(entry)]) for key, entry in registry.items()]
+    return io.DynamicCombo.Input(name, options=options, tooltip=tooltip, optional=True)
+
+
+def widget(field):
+    told = field.metadata
+    common = {"default": field.default, "tooltip": told["help"], "optional": True}
+    if told["choices"]:
+        return io.Combo.Input(field.name, options=list(told["choices"]), **common)
+    if isinstance(field.default, bool):
+        return io.Boolean.Input(field.name, **common)
+    kind = io.Int if isinstance(field.default, int) else io.Float
+    return kind.Input(field.name, min=told["low"], max=told["high"], step=told["step"], **common)
+
+
+def chosen(name: str, registry: Registry, value: dict | None):
+    """The entry that `value`, which is what a DynamicCombo hands to execute, names, built with the user's settings.
+
+    Without a value it is the first of the menu. A setting that the entry does not know is one sentence of error.
+    """
+    if value is None:
+        return next(iter(registry.values()))()
+    settings = {key: setting for key, setting in value.items() if key != name and setting is not None}
+    entry = registry[value[name]]
+    unknown = settings.keys() - {field.name for field in knobs(entry)}
+    if unknown:
+        raise ValueError(f"{entry.name} has no setting '{', '.join(sorted(unknown))}'; it has: {', '.join(f.name for f in knobs(entry)) or 'none'}")
+    return checked(entry(**settings))

@@ -1,0 +1,63 @@
+"""Step Cache: skip the steps whose result can be predicted from the steps before."""
+from ..core.attach import attach_step_cache
+from ..core.presets import PRESETS, preset_settings
+from ..core.run import Settings
+from ..core.stepcache.levels import LEVELS
+from ..core.stepcache.policies import POLICIES
+from ..core.stepcache.predictors import PREDICTORS
+from ._api import io
+from .choice import choice, chosen
+from .notify import notifier
+
+CUSTOM = "custom"
+
+
+class StepCache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Reprise_StepCache",
+            display_name="Step Cache",
+            category="reprise",
+            description="Skips sampling steps whose result can be predicted from the steps before, and reports the error it made. "
+                        "Approximate: the picture stays close to the full one, not identical. FLUX and Z-Image.",
+            search_aliases=["teacache", "taylorseer", "first block cache", "easycache", "wavespeed", "cache", "speed up", "skip steps"],
+            inputs=[
+                io.Model.Input("model", tooltip="The diffusion model to sample with."),
+                io.Boolean.Input("enabled", default=True, optional=True,
+                                 tooltip="Off passes the model through: the picture is bit-identical to the one without the node."),
+                io.Combo.Input(
+                    "preset", options=[*PRESETS, CUSTOM], default="balanced", optional=True,
+                    tooltip="safe, balanced and fast allow more and more error, the same for every model, and leave everything below as it should be. "
+                            "custom uses the settings below."),
+                choice("policy", POLICIES, tooltip="Decides which steps to skip. Used by the preset 'custom'."),
+                choice("predictor", PREDICTORS, tooltip="Stands in for what a skipped step would have computed. Used by the preset 'custom'."),
+                choice("level", LEVELS, tooltip="What is skipped: everything, the model, or its later blocks. Used by the preset 'custom'."),
+                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
+                               tooltip="Skips are allowed from this share of the run on. Used by the preset 'custom'."),
+                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
+                               tooltip="Skips are allowed up to this share of the run; the last step is always computed. Used by the preset 'custom'."),
+                io.Int.Input("max_consecutive_skips", default=4, min=1, max=50, optional=True, advanced=True,
+                             tooltip="After so many skips in a row a step is computed. Used by the preset 'custom'."),
+            ],
+            outputs=[io.Model.Output(tooltip="The model with the step cache on it.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, enabled: bool = True, preset: str = "balanced", policy: dict | None = None, predictor: dict | None = None,
+                level: dict | None = None, start_percent: float = 0.0, end_percent: float = 1.0, max_consecutive_skips: int = 4) -> io.NodeOutput:
+        if not enabled:
+            return io.NodeOutput(model)
+        if preset == CUSTOM:
+            if start_percent > end_percent:
+                raise ValueError(f"start_percent is {start_percent} and end_percent {end_percent}; the start must not lie behind the end")
+            settings = Settings(
+                chosen("policy", POLICIES, policy), chosen("predictor", PREDICTORS, predictor), chosen("level", LEVELS, level),
+                start_percent, end_percent, max_consecutive_skips)
+        else:
+            settings = preset_settings(preset)
+        return io.NodeOutput(attach_step_cache(model, settings, notifier(cls.hidden.unique_id)))
+
+
+NODES = [StepCache]

@@ -1,0 +1,88 @@
+"""A linear VAE without weights: 16 low-frequency DCT coefficients of every 8 x 8 pixel patch.
+
+    z = (basis @ (2 x - 1)) * gain          model space, [B, 16, H/8, W/8]
+    latent = z / 0.3611 + 0.1159            what LATENT holds for FLUX and Z-Image
+
+The basis is orthonormal, so an error in the picture is proportional to the error in the latent. The trained
+16-channel TAESD of the test bed decodes the same latents with sharper edges.
+"""
+import math
+
+import torch
+from torch import Tensor
+
+SCALE, SHIFT = 0.3611, 0.1159
+PATCH = 8
+# about 1 / standard deviation of each coefficient on the procedural pictures, damped for the high ones
+GAIN = (0.2, 0.8, 0.8, 1.2, 1.4, 1.4, 1.8, 1.8, 0.18, 1.2, 1.2, 1.8, 0.28, 1.6, 1.6, 2.0)
+
+
+def patch_basis() -> Tensor:
+    """[16, 192]: orthonormal rows over 3 x 8 x 8; 8 luma and twice 4 opponent-colour DCT coefficients."""
+    dct = torch.zeros(PATCH, PATCH)
+    for k in range(PATCH):
+        for i in range(PATCH):
+            dct[k, i] = math.cos(math.pi * (i + 0.5) * k / PATCH) * math.sqrt((1 if k == 0 else 2) / PATCH)
+    colour = torch.tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float32)
+    colour = colour / colour.norm(dim=1, keepdim=True)
+    corner = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    frequencies = (corner + [(0, 2), (2, 0), (1, 2), (2, 1)], corner, corner)
+    return torch.stack([
+        torch.einsum("c,i,j->cij", colour[axis], dct[u], dct[v]).reshape(-1)
+        for axis in range(3) for u, v in frequencies[axis]
+    ])
+
+
+class PatchVAE:
+    """Duck-typed host VAE: the stock VAEDecode and VAEEncode nodes run on it."""
+
+    latent_channels = 16
+    latent_dim = 2
+    downscale_ratio = PATCH
+    upscale_ratio = PATCH
+
+    def __init__(self):
+        self.basis = patch_basis()
+        self.gain = torch.tensor(GAIN)
+
+    def to_model_space(self, pixels: Tensor) -> Tensor:
+        """pixels [B, 3, H, W] in [0, 1] to z [B, 16, H/8, W/8]."""
+        b, _, h, w = pixels.shape
+        x = (pixels * 2 - 1).reshape(b, 3, h // PATCH, PATCH, w // PATCH, PATCH).permute(0, 2, 4, 1, 3, 5)
+        z = x.reshape(b, h // PATCH, w // PATCH, 3 * PATCH * PATCH) @ self.basis.T * self.gain
+        return z.permute(0, 3, 1, 2).contiguous()
+
+    def from_model_space(self, z: Tensor) -> Tensor:
+        """z [B, 16, h, w] to pixels [B, 3, 8h, 8w]; not clamped."""
+        b, _, h, w = z.shape
+        x = (z.permute(0, 2, 3, 1) / self.gain) @ self.basis
+        x = x.reshape(b, h, w, 3, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5).reshape(b, 3, h * PATCH, w * PATCH)
+        return (x + 1) / 2
+
+    def decode(self, samples: Tensor, **_) -> Tensor:
+        if samples.ndim == 5:
+            samples = samples[:, :, 0]
+        return self.from_model_space((samples.float() - SHIFT) * SCALE).clamp(0, 1).movedim(1, -1)
+
+    def decode_tiled(self, samples: Tensor, **_) -> Tensor:
+        return self.decode(samples)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        x = pixels[..., :3].movedim(-1, 1).float()
+        x = x[:, :, : x.shape[2] // PATCH * PATCH, : x.shape[3] // PATCH * PATCH]
+        return self.to_model_space(x) / SCALE + SHIFT
+
+    def encode_tiled(self, pixels: Tensor, **_) -> Tensor:
+        return self.encode(pixels)
+
+    def spacial_compression_decode(self) -> int:
+        return PATCH
+
+    def spacial_compression_encode(self) -> int:
+        return PATCH
+
+    def temporal_compression_decode(self) -> None:
+        return None
+
+    def throw_exception_if_invalid(self) -> None:
+        pass

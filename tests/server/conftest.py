@@ -1,0 +1,33 @@
+"""A real ComfyUI server with this clone and the tiny models in it, started once for all tests of this folder."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from devtools.environment import Environment
+from devtools.server import ROOT, serving
+from testbed.client import Server
+from testbed.workflow import convert, read, substitute
+
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+
+
+@pytest.fixture(scope="session")
+def server():
+    comfyui = os.environ.get("COMFYUI_DIR")
+    if not comfyui:
+        pytest.skip("COMFYUI_DIR names no ComfyUI; 'python3 dev.py test' sets it")
+    with serving(Environment(Path(sys.executable), Path(comfyui))) as running:
+        yield Server(running.address)
+
+
+@pytest.fixture(scope="session")
+def object_info(server) -> dict:
+    return server.get("/object_info")
+
+
+@pytest.fixture(scope="session", params=WORKFLOWS, ids=lambda file: file.stem)
+def prompt(request, object_info) -> dict:
+    """Each workflow in turn, over the tiny models. Shared: copy before changing it."""
+    return substitute(convert(read(request.param), object_info))

@@ -1,0 +1,23 @@
+"""The demo, as `python3 dev.py demo` runs it."""
+import json
+
+from PIL import Image
+
+from devtools.server import ROOT
+from testbed.demo import demo
+
+ROW = ("workflow", "model", "steps", "evaluations", "baseline_evaluations", "computed_steps", "skipped_steps", "seconds", "baseline_seconds",
+       "psnr_db", "identical", "settings", "reprise_version", "host_version", "device")
+
+
+def test_the_demo_writes_pictures_a_contact_sheet_and_one_row_for_each_workflow(server, tmp_path):
+    demo(server, ROOT / "workflows", tmp_path, "", thumbnails=False)
+    rows = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert [row["workflow"] for row in rows] == sorted(file.stem for file in (ROOT / "workflows").glob("*.json"))
+    for row in rows:
+        assert tuple(row) == ROW
+        assert 0 < row["computed_steps"] <= row["evaluations"] < row["baseline_evaluations"] == row["steps"]
+        assert row["seconds"] > 0 and row["baseline_seconds"] > 0
+        for kind in ("without", "with", "side by side"):
+            assert Image.open(tmp_path / f"{row['workflow']} - {kind}.png").width >= 128
+    assert Image.open(tmp_path / "contact-sheet.png").height >= 128 * len(rows)
