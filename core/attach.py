@@ -46,7 +46,9 @@ def attach_step_cache(model, settings: Settings, notify: Callable[[Report], None
 
 def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
     guider = executor.class_obj
-    attachment = guider.model_options["transformer_options"][KEY]
+    attachment = guider.model_options.get("transformer_options", {}).get(KEY)
+    if attachment is None:      # a guider that took the wrappers along but not the options
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     run, report = open_run(attachment.settings, guider, sampler, sigmas)
     if run is None:
         log.info(report.line())
@@ -90,7 +92,8 @@ def predict_noise(executor, x, timestep, model_options=None, seed=None):
     if run is None or x.is_nested:
         return executor(x, timestep, model_options, seed)
     sigma = timestep.flatten()[:1].float()
-    run.begin(sigma.item())
+    now = sigma.item()
+    run.begin(now, acting(getattr(executor.class_obj, "conds", {}), now))
     if run.level.seam is Seam.GUIDED and sigma > 0:
         row = Row(str(x.device), 0, None, 0, None, tuple(x.shape))
         call = Call((row,), x, sigma.to(x.device).view([1] * x.ndim))
@@ -99,6 +102,23 @@ def predict_noise(executor, x, timestep, model_options=None, seed=None):
         denoised = executor(x, timestep, model_options, seed)
     run.finish()
     return denoised
+
+
+def acting(conds: dict, sigma: float) -> tuple:
+    """Which conditions and ControlNets act at this sigma. The output jumps where that changes, so nothing is predicted across it."""
+    flags = []
+    for entries in conds.values():
+        for cond in entries:
+            flags.append(within(sigma, cond.get("timestep_start"), cond.get("timestep_end")))
+            control = cond.get("control")
+            while control is not None:
+                flags.append(within(sigma, *(getattr(control, "timestep_range", None) or (None, None))))
+                control = getattr(control, "previous_controlnet", None)
+    return tuple(flags)
+
+
+def within(sigma: float, start: float | None, end: float | None) -> bool:
+    return (start is None or sigma <= float(start)) and (end is None or sigma >= float(end))
 
 
 def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):

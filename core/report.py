@@ -1,5 +1,6 @@
 """What a run did, as data: the node's text, the log and the benchmark read the same record."""
 from dataclasses import asdict, dataclass, field
+from statistics import median
 
 
 @dataclass
@@ -7,8 +8,8 @@ class Evaluation:
     sigma: float
     computed: bool
     share: float                          # blocks computed / blocks of a full evaluation
-    predicted_error: float | None = None  # of the skip, or of the skip that was not taken; relative
-    hindcast_error: float | None = None   # of the prediction that would have stood in for a computed evaluation
+    predicted_error: float | None = None  # expected of a skip here, taken or not; relative, times the step's width
+    hindcast_error: float | None = None   # measured at a computed evaluation: what the skip would have been wrong by; same unit
     ms: float = 0.0
     why: str = ""
 
@@ -52,11 +53,11 @@ class Report:
         total, skipped = len(self.each), len(self.each) - self.computed
         share = f" ({total / self.evaluations:.2f}x fewer)" if skipped and self.evaluations else ""
         text = f"Step Cache: {self.evaluations:.4g} of {total} evaluations{share}, {self.computed} computed, {skipped} skipped"
-        errors = [e.predicted_error for e in self.each if not e.computed and e.predicted_error is not None]
-        if errors:
-            text += f", predicted error per skip {sum(errors) / len(errors):.2%}"
-        measured = [e.hindcast_error for e in self.each if e.hindcast_error is not None]
-        if measured:
-            text += f", measured {sum(measured) / len(measured):.2%}"
+        expected = [e.predicted_error for e in self.each if not e.computed and e.predicted_error is not None]
+        if expected:
+            text += f", expected error {median(expected):.1%} per skip"
+        checked = [e for e in self.each if e.hindcast_error is not None and e.predicted_error is not None]
+        if expected and checked:
+            text += f" (where it was checked: expected {median(e.predicted_error for e in checked):.1%}, measured {median(e.hindcast_error for e in checked):.1%})"
         text += f", {self.seconds:.2f} s"
         return text + (f" ({self.reason})" if self.reason else "")

@@ -54,11 +54,15 @@ class Run:
         self.begun = time.perf_counter()
         self.ordinals: Counter = Counter()
         self.ordinal: int | None = None
+        self.acting: tuple = ()
 
-    def begin(self, sigma: float) -> None:
-        """A solver evaluation begins."""
+    def begin(self, sigma: float, acting: tuple = ()) -> None:
+        """A solver evaluation begins. `acting` tells which conditions act in it."""
         self.ordinals.clear()
         self.ordinal = None
+        if acting != self.acting:
+            self.cache.forget()
+            self.acting = acting
         self.cache.begin(self.clock.tick(sigma))
 
     def finish(self) -> None:

@@ -6,8 +6,7 @@
 
 DIR holds the two npm archives that data.py names. Every step draws its data from a generator seeded with the
 step's number, so a run is the same whether or not it was stopped and resumed (`--state`). The learning rate warms
-up, stays, and decays over the last `--decay` steps. CPU or GPU; on one CPU core about 50, 32 and
-16 minutes.
+up, stays, and decays at the end (PLANS). CPU or GPU; on one CPU core about 38, 25 and 16 minutes.
 """
 import argparse
 import json
@@ -57,8 +56,8 @@ class Plan:
 
 
 PLANS = {
-    "flux": Plan(((7000, 64), (8000, 128)), batch=24, rate=1.2e-3, decay=3500),
-    "zimage": Plan(((6000, 64), (7000, 128)), batch=24, rate=1.2e-3, decay=3000),
+    "flux": Plan(((7000, 64), (4500, 128)), batch=24, rate=1.2e-3, decay=1800),
+    "zimage": Plan(((6000, 64), (4000, 128)), batch=24, rate=1.2e-3, decay=1700),
     "taesd": Plan(((3000, 64),), batch=8, rate=1e-3, decay=1500, warmup=50, average=0.998),
 }
 

@@ -81,8 +81,9 @@ class StepCache:
                 self.computed.pop()
             self.computed.append(step)
             self.skipped_in_a_row, self.owed, self.signal = 0, 0.0, self.fresh_signal
+        measured = None if self.hindcast.last is None else self.hindcast.last * step.width
         self.report.each.append(Evaluation(
-            sigma=step.sigma, computed=not skipped, share=share, predicted_error=self.expected, hindcast_error=self.hindcast.last,
+            sigma=step.sigma, computed=not skipped, share=share, predicted_error=self.expected, hindcast_error=measured,
             ms=1000 * (time.perf_counter() - self.begun), why=self.why))
 
     # rows, called by the levels --------------------------------------------------------------------------------------

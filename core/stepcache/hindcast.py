@@ -53,7 +53,8 @@ class Hindcast:
         """Read the scores back, in one transfer, and remember them. `best` is the candidate that would have been used."""
         if not self.waiting:
             return
-        errors = torch.stack([error for *_, error in self.waiting]).tolist()
+        device = self.waiting[0][2].device      # with several GPUs the rows of an evaluation live on several
+        errors = torch.stack([error.to(device) for *_, error in self.waiting]).tolist()
         worst: dict = {}
         for (candidate, reach, _), error in zip(self.waiting, errors, strict=True):
             error = error if error == error else float("inf")

@@ -230,6 +230,18 @@ def test_a_comfyui_dir_without_comfyui_is_one_sentence(tmp_path, monkeypatch):
         environment.environment()
 
 
+def test_a_borrowed_comfyui_without_a_python_gets_a_private_one_and_is_not_touched(comfyui, cache, monkeypatch):
+    host = comfyui().comfyui
+    before = sorted(host.rglob("*"))
+    monkeypatch.setenv("COMFYUI_DIR", str(host))
+    monkeypatch.setattr(environment, "has_modules", lambda python, modules: False)
+    monkeypatch.setattr(environment, "build_venv", lambda folder, requirements, log: (folder / requirements.name).touch())
+    env = environment.environment()
+    assert env.python.is_relative_to(cache)
+    assert env.comfyui == host
+    assert sorted(host.rglob("*")) == before
+
+
 def test_programs_never_see_the_callers_pythonpath(comfyui, cache, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     variables = comfyui().variables()
