@@ -59,7 +59,7 @@ def wall(rounds: int = 7) -> list[dict]:
 
     from testbed import tiny
 
-    patcher, reports = tiny.patcher("flux_wide", seed=0), []
+    patcher, reports = tiny.patcher("flux_13m", seed=0), []
     cached = attach_step_cache(patcher, preset_settings("balanced"), reports.append)
     noise = torch.randn((1, 16, 32, 32), generator=torch.Generator().manual_seed(0))
     seconds = {"full": [], "cached": []}

@@ -137,7 +137,7 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
 
     run = options.get(RUN)
     rows = rows_of(run, options, x, Seam.MODEL)
-    if not rows:
+    if not rows or not run.cache.enter(rows):
         return compute()
     sigma = t.float().to(x.device).view([-1] + [1] * (x.ndim - 1))
     return run.level.evaluate(run.cache, Call(rows, x, sigma), compute)
@@ -150,7 +150,7 @@ def diffusion_model(executor, *args, **kwargs):
     run, network = options.get(RUN), executor.class_obj
     x = args[0] if args else kwargs.get("x")
     rows = rows_of(run, options, x, Seam.NETWORK)
-    if not rows or not run.family.matches(network):
+    if not rows or not run.family.matches(network) or not run.cache.enter(rows):
         return executor(*args, **kwargs)
     blocks = Blocks(run.family.blocks(network), run.family.always_run(network))
     return run.level.evaluate(run.cache, Call(rows, blocks=blocks), lambda: executor(*args, **kwargs))

@@ -1,4 +1,5 @@
 """What a run did, as data: the node's text, the log and the benchmark read the same record."""
+import math
 from dataclasses import asdict, dataclass, field
 from statistics import median
 
@@ -12,6 +13,12 @@ class Evaluation:
     hindcast_error: float | None = None   # measured at a computed evaluation: what the skip would have been wrong by; same unit
     ms: float = 0.0
     why: str = ""
+
+    def __post_init__(self):
+        """JSON has no infinity: an error that cannot be told is none."""
+        for name in ("predicted_error", "hindcast_error"):
+            if not math.isfinite(getattr(self, name) or 0.0):
+                setattr(self, name, None)
 
 
 @dataclass

@@ -12,6 +12,8 @@ from .stepcache.governor import DETERMINISTIC, Governor
 from .stepcache.levels import Level
 from .stepcache.policies import Policy
 from .stepcache.predictors import Predictor
+from .stepcache.predictors.divided_differences import DividedDifferences
+from .stepcache.predictors.hold import Hold
 from .store import Row
 
 
@@ -45,7 +47,7 @@ class Run:
         self.family, self.level = family, settings.level.resolve(settings.policy)
         self.clock = Clock(sigmas, flow)
         steady = sampler in DETERMINISTIC
-        candidates = [c for c in settings.predictor.candidates() if steady or c.history <= 2] or list(settings.predictor.candidates())
+        candidates = [c for c in settings.predictor.candidates() if steady or c.history <= 2] or [Hold(), DividedDifferences(1)]
         self.report = Report(
             model=family.name, sampler=sampler, steps=self.clock.steps, policy=settings.policy.name, predictor=settings.predictor.name,
             level=self.level.name, settings=settings.as_dict(), reason="" if steady else f"{sampler} adds noise on the way, so at most one skip in a row")

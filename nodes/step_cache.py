@@ -57,7 +57,7 @@ class StepCache(io.ComfyNode):
                 start_percent, end_percent, max_consecutive_skips)
         else:
             settings = preset_settings(preset)
-        return io.NodeOutput(attach_step_cache(model, settings, notifier(cls.hidden.unique_id)))
+        return io.NodeOutput(attach_step_cache(model, settings, notifier(getattr(cls.hidden, "unique_id", None))))
 
 
 NODES = [StepCache]

@@ -40,6 +40,7 @@ class StepCache:
             self.forget()
         self.step, self.begun = step, time.perf_counter()
         self.shares: list[float] = []
+        self.seen: set[Row] = set()
         self.fresh_signal = None
         self.best, expected = self.hindcast.choose(tuple(self.computed), step)
         self.expected = None if expected is None else expected * step.width
@@ -69,8 +70,8 @@ class StepCache:
     def finish(self) -> None:
         """The evaluation came to its end: settle the scores, move the history on, write the record."""
         step = self.step
-        share = sum(self.shares) / len(self.shares) if self.shares else float(not self.decision)
-        skipped = bool(self.decision) and share < 1     # rows without a history are computed on a skip, too
+        share = sum(self.shares) / len(self.shares) if self.shares else 1.0     # calls that no level understood were computed
+        skipped = bool(self.decision) and share < 1                             # so were rows without a history
         self.hindcast.last = None
         if skipped:
             self.skipped_in_a_row += 1
@@ -86,7 +87,20 @@ class StepCache:
             sigma=step.sigma, computed=not skipped, share=share, predicted_error=self.expected, hindcast_error=measured,
             ms=1000 * (time.perf_counter() - self.begun), why=self.why))
 
-    # rows, called by the levels --------------------------------------------------------------------------------------
+    # rows, called by the levels and by what finds the rows for them ----------------------------------------------
+    def enter(self, rows: tuple[Row, ...]) -> bool:
+        """Whether these rows are evaluated for the first time in this evaluation, as the host does it.
+
+        Something that cuts the picture into tiles calls the model several times for the same row; their histories
+        could not be told apart.
+        """
+        with self.lock:
+            if self.seen.intersection(rows):
+                self.give_up("the model is called several times for one condition, as tiling does, so everything is computed; choose guided output")
+                return False
+            self.seen.update(rows)
+            return True
+
     def ready(self, row: Row, shape=None) -> bool:
         """Whether a row's snapshots reach up to the last computed step, and have the shape that is wanted now."""
         past = self.store.get(row)

@@ -11,8 +11,10 @@ DETERMINISTIC = frozenset({
     "unipc", "unipc_bh2", "euler_cfg_pp", "dpmpp_2m_cfg_pp", "res_multistep_cfg_pp", "ddim",
 })
 
-# Step skippers that would act on the same model: wrapper keys, and keys they leave in transformer_options.
-OTHER_SKIPPERS = {"easycache": "EasyCache", "lazycache": "LazyCache", "rel_l1_thresh": "TeaCache", "magcache_thresh": "MagCache"}
+# Step skippers that would act on the same model, by the keys of their wrappers, then by what they leave in
+# transformer_options. LazyCache leaves the key of EasyCache there, so wrappers are asked first.
+SKIPPER_WRAPPERS = {"lazycache": "LazyCache", "easycache": "EasyCache"}
+SKIPPER_OPTIONS = {"easycache": "EasyCache", "rel_l1_thresh": "TeaCache", "magcache_thresh": "MagCache"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,6 @@ def stand_down(steps: int, wrapper_keys: set[str], option_keys: set[str]) -> str
     """Why the step cache must not act on this run; empty when it may."""
     if steps < FEWEST_STEPS:
         return f"the run has {steps} steps, and below {FEWEST_STEPS} a skip costs more than a step less; set fewer steps instead"
-    for key, name in OTHER_SKIPPERS.items():
-        if key in wrapper_keys or key in option_keys:
-            return f"{name} is on the same model, and two step caches multiply their errors; remove one of them"
-    return ""
+    others = [name for key, name in SKIPPER_WRAPPERS.items() if key in wrapper_keys]
+    others += [name for key, name in SKIPPER_OPTIONS.items() if key in option_keys]
+    return f"{others[0]} is on the same model, and two step caches multiply their errors; remove one of them" if others else ""

@@ -35,11 +35,11 @@ class BlockRange:
         passage = Passage(cache, call, min(self.first_blocks, len(call.blocks.every) - 1))
         with passage.installed():
             result = compute()
-        if passage.skipped and not passage.finished:
-            # a foreign patch went around the last block, so nothing put the prediction in
-            cache.give_up("a patch replaces the last block, so block range cannot skip; choose guided output")
+        if not passage.finished and call.rows[0].ordinal == 0:
+            cache.give_up("a patch goes around the first or the last block, so block range cannot skip; choose guided output")
+        if passage.skipped and not passage.finished:    # nothing put the prediction in
             result = compute()
-        complete = not passage.skipped or bool(cache.broken)
+        complete = not passage.skipped or not passage.finished
         cache.ran(len(call.rows), 1.0 if complete else passage.share)
         return result
 
@@ -94,8 +94,8 @@ class Passage:
 
     def decided(self) -> bool:
         signal = None
-        if self.begun is not None and self.begun.shape == self.anchor.shape:
-            signal = (self.anchor - self.begun).chunk(len(self.rows))[0]
+        if self.begun is not None:      # text may have been joined before the image tokens since
+            signal = (self.anchor[:, -self.begun.shape[1]:] - self.begun).chunk(len(self.rows))[0]
         parts = self.anchor.chunk(len(self.rows))
         return self.cache.skips(signal) and all(self.cache.ready(row, part.shape) for row, part in zip(self.rows, parts, strict=True))
 

@@ -17,4 +17,5 @@ class Interval:
     warm_up: int = knob(3, "So many first steps are always computed.", 1, 50, 1)
 
     def skip(self, view) -> bool:
-        return view.step.index >= self.warm_up and view.step.place - view.computed[-1].place < self.interval - 1e-3
+        since = view.step.place - view.computed[-1].place
+        return self.interval > 1 and view.step.index >= self.warm_up and since < self.interval - 1e-3

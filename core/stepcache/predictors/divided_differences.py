@@ -7,6 +7,7 @@ TaylorSeer (arXiv 2503.06923) divides every difference by the last gap, which is
 here the grid may be uneven, as it is whenever a policy chooses the steps.
 """
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 from ...knob import knob
@@ -29,9 +30,14 @@ class DividedDifferences:
         return self.order + 1
 
     def weights(self, past, at) -> list[float]:
-        t = [COORDINATES[self.coordinate](step) for step in past]
-        now = COORDINATES[self.coordinate](at)
+        *t, now = self.positions([*past, at])
         return [prod((now - other) / (own - other) for j, other in enumerate(t) if j != k) for k, own in enumerate(t)]
+
+    def positions(self, steps) -> list[float]:
+        """Coordinates of `steps`; steps where they meet (log-SNR is bounded at both ends) go by their index."""
+        t = [COORDINATES[self.coordinate](step) for step in steps]
+        gaps = [abs(b - a) for a, b in pairwise(t[:-1])]
+        return t if all(gap > 1e-6 for gap in gaps) else [step.place for step in steps]
 
     def reach(self, past, at) -> float:
         return abs(at.place - past[-1].place) ** self.history

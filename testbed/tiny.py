@@ -1,0 +1,178 @@
+"""Seeded random models of the host's real classes, made in a moment, for tests and timing. Nothing of it is kept.
+
+    patcher("flux", seed=0)             a ModelPatcher, as the stock loader makes it
+    write("flux", path, seed=0)         a checkpoint that the stock UNETLoader opens
+
+"Slow time": the fast columns of the first time-embedding layer are zero. A random network otherwise turns through many
+radians from one step to the next, each step is an unrelated network, and no cache has anything to predict.
+Gates and modulation are alive, so that every block moves its stream.
+"""
+import json
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import comfy.ldm.flux.model
+import comfy.ldm.lumina.model
+import comfy.ldm.qwen_image.model
+import comfy.ldm.wan.model
+import comfy.model_patcher
+import comfy.ops
+import comfy.sd
+import comfy.supported_models
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from safetensors.torch import save_file
+from torch import Generator, Tensor, nn
+
+SLOW = 0.72     # share of the time frequencies, counted from the fastest, that is left out
+TIME_IN = ("time_in.in_layer.weight", "t_embedder.mlp.0.weight", "time_embedding.0.weight",
+           "time_text_embed.timestep_embedder.linear_1.weight", "time_embed.0.weight")
+MODULATION = ("mod", "adaLN", "time_projection")
+
+# The loader knows Z-Image by its width of 3840 alone, but two tensor names of LTX-Video make it read a configuration
+# from the file's metadata, whatever model that describes.
+DECOY = {"adaln_single.emb.timestep_embedder.linear_1.bias": (1,), "transformer_blocks.0.attn2.to_k.weight": (32, 1)}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a model is built, and what it wants to be fed: latent [C, ...] per patch of `patch` pixels, and text."""
+
+    build: Callable[..., nn.Module]
+    config: dict
+    channels: int
+    text: int
+    pooled: int = 0
+    frames: bool = False                # latents are [B, C, T, H, W]
+    metadata: Callable[[dict], dict] = field(default=lambda config: {})
+    stock: bool = True                  # the stock loader can tell its size
+
+    def latent(self, size: int | tuple[int, int] = 8, batch: int = 1) -> tuple[int, ...]:
+        height, width = (size, size) if isinstance(size, int) else size
+        return (batch, self.channels, *((1,) if self.frames else ()), height, width)
+
+
+def flux(operations, hidden=128, depth=2, depth_single=3, text=16, pooled=16) -> nn.Module:
+    return comfy.ldm.flux.model.Flux(
+        image_model="flux", in_channels=16, out_channels=16, vec_in_dim=pooled, context_in_dim=text, hidden_size=hidden, mlp_ratio=4.0,
+        num_heads=hidden // 128, depth=depth, depth_single_blocks=depth_single, axes_dim=[16, 56, 56], theta=10000, patch_size=2,
+        qkv_bias=True, guidance_embed=True, txt_ids_dims=[], dtype=torch.float32, device="cpu", operations=operations)
+
+
+def flux2(operations, hidden=128, depth=1, depth_single=2, text=16) -> nn.Module:
+    return comfy.ldm.flux.model.Flux(
+        image_model="flux2", in_channels=128, out_channels=128, vec_in_dim=None, context_in_dim=text, hidden_size=hidden, mlp_ratio=3.0,
+        num_heads=hidden // 128, depth=depth, depth_single_blocks=depth_single, axes_dim=[32, 32, 32, 32], theta=2000, patch_size=1,
+        qkv_bias=False, guidance_embed=False, txt_ids_dims=[3], global_modulation=True, mlp_silu_act=True, ops_bias=False,
+        default_ref_method="index", ref_index_scale=10.0, dtype=torch.float32, device="cpu", operations=operations)
+
+
+def z_image(operations, **config) -> nn.Module:
+    return comfy.ldm.lumina.model.NextDiT(**config, device="cpu", dtype=torch.float32, operations=operations)
+
+
+def wan(operations, dim=128, ffn=256, layers=3, text=16) -> nn.Module:
+    return comfy.ldm.wan.model.WanModel(
+        model_type="t2v", patch_size=(1, 2, 2), in_dim=16, dim=dim, ffn_dim=ffn, text_dim=text, out_dim=16, num_heads=dim // 128,
+        num_layers=layers, device="cpu", dtype=torch.float32, operations=operations)
+
+
+def qwen_image(operations, **config) -> nn.Module:
+    return comfy.ldm.qwen_image.model.QwenImageTransformer2DModel(**config, device="cpu", dtype=torch.float32, operations=operations)
+
+
+def sd15(operations) -> nn.Module:
+    return UNetModel(
+        image_size=32, in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[1], channel_mult=(1,), transformer_depth=[1],
+        transformer_depth_output=[1, 1], transformer_depth_middle=1, num_heads=8, num_head_channels=-1, use_spatial_transformer=True,
+        context_dim=768, use_linear_in_transformer=False, adm_in_channels=None, legacy=False, use_temporal_attention=False,
+        use_temporal_resblock=False, dtype=torch.float32, device="cpu", operations=operations)
+
+
+Z_IMAGE = {
+    "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 256, "cap_feat_dim": 16, "n_layers": 4, "n_refiner_layers": 1,
+    "qk_norm": True, "n_heads": 2, "n_kv_heads": 2, "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512], "rope_theta": 256.0,
+    "ffn_dim_multiplier": 1.0, "multiple_of": 32, "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 8,
+}
+QWEN_IMAGE = {
+    "image_model": "qwen_image", "in_channels": 64, "num_layers": 3, "num_attention_heads": 1, "attention_head_dim": 128, "joint_attention_dim": 16,
+}
+
+KINDS = {
+    "flux": Kind(flux, {}, channels=16, text=16, pooled=16),
+    "flux_13m": Kind(flux, {"hidden": 256, "depth": 3, "depth_single": 6, "text": 64, "pooled": 64}, channels=16, text=64, pooled=64),
+    "flux2": Kind(flux2, {}, channels=128, text=16),
+    "z_image": Kind(z_image, Z_IMAGE, channels=16, text=16, metadata=lambda config: {"config": json.dumps({"transformer": config})}),
+    "wan": Kind(wan, {}, channels=16, text=16, frames=True, metadata=lambda config: {"config": json.dumps({"transformer": {"text_dim": 16}})}),
+    "qwen_image": Kind(qwen_image, QWEN_IMAGE, channels=16, text=16, frames=True, stock=False),
+    "sd15": Kind(sd15, {}, channels=4, text=768),
+}
+
+OF_FAMILY = {"flux": ("flux", "flux2"), "nextdit": ("z_image",)}
+UNSUPPORTED = ("wan", "sd15", "qwen_image")
+
+
+@torch.no_grad()
+def fill_(net: nn.Module, seed: int = 0) -> nn.Module:
+    """Every tensor from a generator of its own name, so that neither order nor size of the rest matters."""
+    for name, p in net.named_parameters():
+        generator = Generator().manual_seed((zlib.crc32(name.encode()) ^ seed * 2654435761) & 0x7FFFFFFF)
+        noise = torch.randn(p.shape, generator=generator)
+        learnt = name.endswith("modulation") or "pad_token" in name      # a table or a token, not a matrix
+        if p.ndim >= 2 and not learnt:
+            p.copy_(noise * (0.5 if any(part in name for part in MODULATION) else 1.0) / math.sqrt(p[0].numel()))
+            if name in TIME_IN:
+                half = p.shape[1] // 2
+                slow = (torch.arange(half) >= SLOW * half).float()
+                p.mul_(torch.cat([slow, slow]) / math.sqrt(1 - SLOW))
+        elif p.ndim == 1 and name.endswith(("weight", "scale")):
+            p.fill_(1.0)
+        else:
+            p.copy_(noise * 0.02)
+    return net
+
+
+def weights(name: str, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict, fp32, and the metadata of a checkpoint."""
+    kind = KINDS[name]
+    net = fill_(kind.build(comfy.ops.disable_weight_init, **kind.config), seed)
+    metadata = kind.metadata(kind.config)
+    decoy = {key: torch.zeros(shape) for key, shape in DECOY.items()} if "image_model" in kind.config and metadata else {}
+    return net.state_dict() | decoy, metadata
+
+
+def patcher(name: str, seed: int = 0, dtype: torch.dtype = torch.float32):
+    """A ModelPatcher, made by the host's loader."""
+    tensors, metadata = weights(name, seed)
+    if KINDS[name].stock:
+        return comfy.sd.load_diffusion_model_state_dict(tensors, model_options={"dtype": dtype}, metadata=metadata)
+    config = comfy.supported_models.QwenImage(dict(KINDS[name].config))
+    config.set_inference_dtype(dtype, None)
+    model = config.get_model(tensors, "")
+    cpu = torch.device("cpu")
+    made = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+    model.load_model_weights(tensors, "", assign=made.is_dynamic())
+    return made
+
+
+def write(name: str, path: Path | str, seed: int = 0) -> None:
+    """An fp16 checkpoint."""
+    if not KINDS[name].stock:
+        raise ValueError(f"the stock loader cannot tell the size of a tiny {name}; use patcher('{name}')")
+    tensors, metadata = weights(name, seed)
+    save_file({key: tensor.detach().half().contiguous() for key, tensor in tensors.items()}, path, metadata={"format": "pt", **metadata})
+
+
+def conditioning(name: str, seed: int = 1, tokens: int = 7, **more) -> list:
+    """A random prompt, as the host's CONDITIONING."""
+    kind, generator = KINDS[name], Generator().manual_seed(seed)
+    text = torch.randn(1, tokens, kind.text, generator=generator)
+    pooled = {"pooled_output": torch.randn(1, kind.pooled, generator=generator)} if kind.pooled else {}
+    return [[text, {**pooled, **more}]]
+
+
+def noise(name: str, seed: int = 2, size: int | tuple[int, int] = 8, batch: int = 1) -> Tensor:
+    return torch.randn(KINDS[name].latent(size, batch), generator=Generator().manual_seed(seed))

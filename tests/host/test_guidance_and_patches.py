@@ -1,0 +1,232 @@
+"""What others hang on the model: guidance that skips layers, ControlNet, replaced blocks, wrappers."""
+import comfy.controlnet
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+from harness import (
+    CONCRETE,
+    EVERY_SECOND,
+    QUICK,
+    STEPS,
+    Never,
+    attached,
+    blocks,
+    decisions,
+    model,
+    plain,
+    relative,
+    replay_errors,
+    run,
+    sample,
+    spied,
+)
+
+from testbed import tiny
+
+
+def guided(double="1", single="", scale=2.0, start=0.0, end=1.0):
+    """A flux with skip-layer guidance; Z-Image's blocks cannot be replaced."""
+    return SkipLayerGuidanceDiT.execute(model("flux"), scale, start, end, double_layers=double, single_layers=single).result[0]
+
+
+@pytest.mark.parametrize("level", CONCRETE)
+def test_skip_layer_guidance_with_every_step_computed_is_that_of_the_host(level):
+    host = sample(guided(), "flux")
+    latent, report = run(guided(), "flux", cached={"policy": Never(), "level": level})
+    assert torch.equal(latent, host) and report.evaluations == STEPS
+
+
+@pytest.mark.parametrize(("double", "single"), [("1", ""), ("", "1"), ("0", ""), ("", "2"), ("0, 1", "0, 1, 2")],
+                         ids=["second block", "single block", "first block", "last block", "all blocks"])
+@pytest.mark.parametrize("level", CONCRETE)
+def test_skip_layer_guidance_is_not_lost_on_skipped_steps(level, double, single):
+    steered = guided(double, single)
+    errors = replay_errors(attached(steered, policy=EVERY_SECOND, level=level), "flux")
+    assert max(errors) < 1e-5
+    with_it = relative(sample(steered, "flux"), plain("flux"))
+    latent, report = run(steered, "flux", cached={"level": level})
+    without, _ = run(model("flux"), "flux", cached={"level": level})
+    assert decisions(report).count(False) == 4
+    assert with_it > 0.02 and relative(latent, without) == pytest.approx(with_it, rel=0.3)
+
+
+@pytest.mark.parametrize("level", CONCRETE)
+def test_guidance_that_sets_in_late_starts_from_computed_evaluations(level):
+    cached = {"level": level, "policy_knobs": {"interval": 4, "warm_up": 1}}
+    latent, report = run(guided(start=0.5), "flux", cached=cached)
+    unguided, _ = run(model("flux"), "flux", cached=cached)
+    assert torch.isfinite(latent).all() and not all(decisions(report))
+    assert relative(latent, sample(guided(start=0.5), "flux")) < 3 * relative(unguided, plain("flux"))
+
+
+class Control(comfy.controlnet.ControlBase):
+    """Adds fixed random residuals after blocks."""
+
+    def __init__(self, doubles: int, singles: int, tokens=16, width=128):
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        made = lambda n: [torch.randn(1, tokens, width, generator=generator) for _ in range(n)]
+        self.residuals = {"input": made(doubles), "output": made(singles)}
+        self.calls = 0
+
+    def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+        self.calls += 1
+        if not self.timestep_range[0] >= t[0] >= self.timestep_range[1]:
+            return None
+        return {key: [r.repeat(len(x_noisy), 1, 1) for r in parts] for key, parts in self.residuals.items()}
+
+    def copy(self):
+        return self
+
+
+def controlled(doubles=2, singles=3):
+    control = Control(doubles, singles)
+    both = {"control": control, "control_apply_to_uncond": False}
+    return {"positive": tiny.conditioning("flux", 11, **both), "negative": tiny.conditioning("flux", 12, **both)}, control
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+@pytest.mark.parametrize(("doubles", "singles"), [(2, 0), (0, 3), (2, 3), (1, 1)])
+def test_controlnet_is_not_added_twice_on_a_skip_of_blocks(doubles, singles, first):
+    conditions, _ = controlled(doubles, singles)
+    assert relative(sample(model("flux"), "flux", **conditions), plain("flux")) > 0.05, "the control does too little to be missed"
+    patched = attached(model("flux"), policy=EVERY_SECOND, level="block range", level_knobs={"first_blocks": first})
+    assert max(replay_errors(patched, "flux", **conditions)) < 1e-5
+
+
+@pytest.mark.parametrize("level", CONCRETE)
+def test_controlnet_runs_where_a_level_says_it_does(level):
+    conditions, control = controlled()
+    patched = attached(model("flux"), level=level, reports=(reports := []))
+    sample(patched, "flux", **conditions)
+    computed = decisions(reports[0]).count(True)
+    assert computed == 8 and control.calls in ((computed, 2 * computed) if level == "guided output" else (STEPS, 2 * STEPS))
+    exact = attached(model("flux"), policy=Never(), level=level)
+    assert torch.equal(sample(exact, "flux", **conditions), sample(model("flux"), "flux", **conditions))
+
+
+@pytest.mark.parametrize("level", CONCRETE)
+def test_a_controlnet_that_ends_in_mid_run_is_not_predicted_across(level):
+    conditions, control = controlled()
+    control.timestep_percent_range = (0.0, 0.5)
+    _, report = run(model("flux"), "flux", cached={"level": level, "policy_knobs": {"interval": 5, "warm_up": 1}}, **conditions)
+    border = model("flux").get_model_object("model_sampling").percent_to_sigma(0.5)
+    first = next(n for n, evaluation in enumerate(report.each) if evaluation.sigma < border)
+    assert first % 5 and decisions(report)[first] and not all(decisions(report))
+
+
+def replaced(kind: str, index: int, replace):
+    patched = model("flux").clone()
+    patched.set_model_patch_replace(replace, "dit", kind, index)
+    return patched
+
+
+@pytest.mark.parametrize(("kind", "index"), [("double_block", 0), ("double_block", 1), ("single_block", 1), ("single_block", 2)])
+@pytest.mark.parametrize("level", CONCRETE)
+def test_a_foreign_patch_of_a_block_is_honoured(kind, index, level):
+    def louder(args, extra):
+        out = extra["original_block"](args)
+        calls.append(1)
+        return {**out, "img": out["img"] + out["img"].roll(1, -1)}
+
+    calls: list = []
+    patched = replaced(kind, index, louder)
+    host = sample(patched, "flux")
+    assert relative(host, plain("flux")) > 0.05
+    latent, report = run(patched, "flux", cached={"policy": Never(), "level": level})
+    assert torch.equal(latent, host)
+    calls.clear()
+    latent, report = run(patched, "flux", cached={"level": level})
+    assert calls and decisions(report).count(False) == 4 and report.reason == ""
+    assert relative(latent, host) < 0.5 * relative(latent, plain("flux"))
+    assert patched.model_options["transformer_options"]["patches_replace"]["dit"] == {(kind, index): louder}
+
+
+def test_a_patch_that_goes_around_the_last_block_makes_block_range_compute_and_say_so():
+    around = replaced("single_block", 2, lambda args, extra: {"img": args["img"]})
+    latent, report = run(around, "flux", cached={"level": "block range"})
+    assert torch.equal(latent, sample(around, "flux"))
+    assert all(decisions(report)) and report.evaluations == STEPS
+    assert "last block" in report.reason and report.reason in report.line()
+
+
+def test_a_patch_that_sets_in_late_and_goes_around_the_last_block_makes_block_range_compute_and_say_so():
+    def late(args, extra):
+        if args["transformer_options"]["sigmas"][0] < 0.7:
+            return {"img": args["img"]}
+        return extra["original_block"](args)
+
+    latent, report = run(replaced("single_block", 2, late), "flux", cached={"level": "block range"})
+    assert torch.isfinite(latent).all()
+    assert "last block" in report.reason
+    assert decisions(report)[-4:] == [True] * 4
+
+
+@pytest.mark.parametrize("level", CONCRETE)
+@pytest.mark.parametrize("name", QUICK)
+def test_a_foreign_function_wrapper_and_attention_stay_in_place(name, level):
+    seen = {"wrapper": 0, "attention": 0}
+
+    def function_wrapper(apply_model, parts):
+        seen["wrapper"] += 1
+        return apply_model(parts["input"], parts["timestep"], **parts["c"])
+
+    def attention(original, *args, **kwargs):
+        seen["attention"] += 1
+        return original(*args, **kwargs)
+
+    patched = model(name).clone()
+    patched.set_model_unet_function_wrapper(function_wrapper)
+    patched.model_options["transformer_options"]["optimized_attention_override"] = attention
+    cached = attached(patched, level=level)
+    assert cached.model_options["model_function_wrapper"] is function_wrapper
+    assert cached.model_options["transformer_options"]["optimized_attention_override"] is attention
+    assert torch.equal(sample(cached, name), run(model(name), name, cached={"level": level})[0])
+    assert seen["wrapper"] and seen["attention"]
+
+
+def tiled(patched):
+    """A model evaluated in two tiles, one after the other, as tiled diffusion does it."""
+    def function_wrapper(apply_model, parts):
+        return torch.cat([apply_model(tile.contiguous(), parts["timestep"], **parts["c"]) for tile in parts["input"].chunk(2, -1)], -1)
+
+    clone = patched.clone()
+    clone.set_model_unet_function_wrapper(function_wrapper)
+    return clone
+
+
+@pytest.mark.parametrize("level", CONCRETE)
+def test_tiles_of_a_picture_do_not_share_a_history(level):
+    errors = replay_errors(attached(tiled(model("flux")), policy=EVERY_SECOND, level=level), "flux", size=(8, 16))
+    assert max(errors) < 1e-6
+
+
+@pytest.mark.parametrize("level", CONCRETE)
+def test_a_call_that_is_not_understood_is_computed_and_counted_as_computed(level):
+    def hides_its_conditions(apply_model, parts):
+        options = {key: value for key, value in parts["c"]["transformer_options"].items() if key != "uuids"}
+        return apply_model(parts["input"], parts["timestep"], **{**parts["c"], "transformer_options": options})
+
+    patched = model("flux").clone()
+    patched.set_model_unet_function_wrapper(hides_its_conditions)
+    latent, report = run(patched, "flux", cached={"level": level})
+    if level != "guided output":    # which needs to understand nothing
+        assert torch.equal(latent, plain("flux"))
+        assert all(decisions(report)) and report.evaluations == STEPS
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["ours last", "ours first"])
+@pytest.mark.parametrize("level", CONCRETE)
+def test_the_order_of_wrappers_does_not_matter(level, first):
+    kinds = (WrappersMP.OUTER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
+    patched, calls = model("flux") if first else attached(model("flux"), level=level), []
+    for kind in kinds:
+        patched = spied(patched, kind, lambda executor, args, kwargs, kind=kind: calls.append(kind))
+    patched = attached(patched, level=level) if first else patched
+    assert torch.equal(sample(patched, "flux"), run(model("flux"), "flux", cached={"level": level})[0])
+    assert set(calls) == set(kinds)
+
+
+def test_the_blocks_of_a_model_are_the_ones_that_are_told():
+    assert len(blocks("flux")) == 5 and len(blocks("z_image")) == 4

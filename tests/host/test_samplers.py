@@ -1,0 +1,97 @@
+"""Samplers: every one gets a finite picture, and an honest report."""
+import math
+
+import comfy.samplers
+import pytest
+import torch
+from harness import CONCRETE, QUICK, STEPS, assert_moves, decisions, model, plain, relative, run
+
+from pack.core.stepcache.governor import DETERMINISTIC
+from pack.core.stepcache.levels import LEVELS
+from pack.core.stepcache.policies import POLICIES
+from pack.core.stepcache.predictors import PREDICTORS
+from pack.core.stepcache.predictors.divided_differences import COORDINATES
+
+SAMPLERS = ["euler", "dpmpp_2m", "heun", "euler_ancestral", "uni_pc"]
+STEADY = ["euler", "dpmpp_2m", "heun", "uni_pc"]
+
+
+def longest_skip(report) -> int:
+    return max(len(part) for part in "".join(".s"[not computed] for computed in decisions(report)).split("."))
+
+
+@pytest.mark.parametrize("level", CONCRETE)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("name", QUICK)
+def test_every_sampler_gets_a_picture_near_the_hosts(name, sampler, level):
+    cached = {"level": level, "predictor": "automatic", "policy_knobs": {"interval": 3}}
+    latent, report = run(model(name), name, sampler=sampler, cached=cached)
+    host = assert_moves(name, model(name), sampler=sampler)
+    assert torch.isfinite(latent).all() and not torch.equal(latent, host)
+    assert relative(latent, host) < 0.2
+    assert report.state == "ran" and report.steps == STEPS and len(report.each) >= STEPS
+    assert 0 < report.evaluations < len(report.each) and decisions(report)[0] and decisions(report)[-1]
+    assert all(math.isfinite(number) for e in report.each for number in (e.sigma, e.share, e.predicted_error or 0, e.hindcast_error or 0))
+    if sampler in STEADY:
+        assert report.reason == "" and longest_skip(report) >= 2
+    else:
+        assert "noise" in report.reason and longest_skip(report) == 1
+
+
+def test_the_names_of_steady_samplers_are_the_hosts():
+    functions = {comfy.samplers.ksampler(name).sampler_function.__name__.removeprefix("sample_") for name in comfy.samplers.KSAMPLER_NAMES}
+    functions |= {comfy.samplers.sampler_object(name).sampler_function.__name__.removeprefix("sample_") for name in ("ddim", "uni_pc", "uni_pc_bh2")}
+    assert DETERMINISTIC - {"ddim"} <= functions, sorted(DETERMINISTIC - functions)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("predictor", PREDICTORS)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", QUICK)
+def test_every_policy_works_with_every_predictor_at_every_level(name, policy, predictor, level):
+    if POLICIES[policy].needs_forward and not getattr(LEVELS[level], "gates", True):
+        with pytest.raises(ValueError, match="must see the first blocks run"):
+            run(model(name), name, cached={"policy": policy, "predictor": predictor, "level": level})
+        return
+    latent, report = run(model(name), name, cached={"policy": policy, "predictor": predictor, "level": level})
+    assert report.state == "ran" and not all(decisions(report)), "the defaults skip something"
+    assert (report.policy, report.predictor) == (policy, predictor)
+    assert 0 < relative(latent, plain(name)) < 0.2
+
+
+@pytest.mark.parametrize("tolerance", [0.01, 0.03, 0.1])
+@pytest.mark.parametrize("level", CONCRETE)
+@pytest.mark.parametrize("name", QUICK)
+def test_error_control_keeps_the_picture_within_its_tolerance(name, level, tolerance):
+    cached = {"policy": "error control", "policy_knobs": {"tolerance": tolerance}, "predictor": "automatic", "level": level}
+    latent, report = run(model(name), name, steps=20, cached=cached)
+    assert relative(latent, plain(name, steps=20)) < 3 * tolerance
+    assert tolerance < 0.03 or report.evaluations < 20
+    per_run, owed = [], 0.0
+    for evaluation in report.each:
+        owed = 0.0 if evaluation.computed else owed + evaluation.predicted_error
+        per_run.append(owed)
+    assert max(per_run) < tolerance
+
+
+def test_a_larger_tolerance_never_computes_more():
+    cached = lambda tolerance: {"policy": "error control", "policy_knobs": {"tolerance": tolerance}, "predictor": "automatic"}
+    computed = [run(model("flux"), "flux", steps=20, cached=cached(tolerance))[1].evaluations for tolerance in (0.0, 0.01, 0.03, 0.1, 0.5)]
+    assert computed == sorted(computed, reverse=True) and computed[0] == 20
+
+
+SCHEDULES = ["simple", "karras", "exponential", "beta", "sgm_uniform", "normal", "linear_quadratic", "kl_optimal"]
+
+
+@pytest.mark.parametrize("coordinate", COORDINATES)
+@pytest.mark.parametrize("scheduler", SCHEDULES)
+def test_every_schedule_works_with_every_coordinate(scheduler, coordinate):
+    cached = {"predictor": "divided differences", "predictor_knobs": {"order": 2, "coordinate": coordinate}, "policy_knobs": {"interval": 2}}
+    latent, report = run(model("flux"), "flux", steps=40, scheduler=scheduler, cached=cached)
+    assert torch.isfinite(latent).all() and report.state == "ran"
+
+
+def test_an_interval_of_one_computes_every_evaluation_of_a_sampler_with_two_per_step():
+    latent, report = run(model("flux"), "flux", sampler="heun", cached={"policy_knobs": {"interval": 1}})
+    assert all(decisions(report))
+    assert torch.equal(latent, plain("flux", sampler="heun"))

@@ -1,0 +1,69 @@
+"""The seeded models themselves: fit to prove something on, and opened by the stock loader."""
+import time
+
+import comfy.sd
+import pytest
+import torch
+from harness import STEPS, assert_moves, model, relative, sample
+
+from pack.core.families import FAMILIES, family_of
+from testbed import tiny
+
+
+@pytest.mark.parametrize("name", [name for name in tiny.KINDS if name not in ("sd15", "flux_13m")])
+def test_outputs_move_from_step_to_step_but_not_wildly(name):
+    outputs: list = []
+    latent = assert_moves(name, model(name))
+    sample(model(name), name, callback=lambda step, denoised, x, total: outputs.append(denoised.clone()))
+    assert torch.isfinite(latent).all() and len(outputs) == STEPS
+    assert max(relative(b, a) for a, b in zip(outputs, outputs[1:], strict=False)) < 0.2
+
+
+def test_a_model_that_stands_still_fails_the_precondition_of_numeric_tests():
+    still = tiny.patcher("flux")
+    with torch.no_grad():
+        for p in still.model.diffusion_model.final_layer.parameters():
+            p.zero_()
+    with pytest.raises(AssertionError, match="does not move"):
+        assert_moves("flux", still)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in tiny.KINDS.items() if kind.stock])
+def test_the_stock_loader_opens_the_checkpoint_and_makes_the_same_model(name, tmp_path):
+    tiny.write(name, tmp_path / "model.safetensors")
+    loaded, wanted = comfy.sd.load_diffusion_model(str(tmp_path / "model.safetensors")), tiny.patcher(name)
+    assert type(loaded.model) is type(wanted.model)
+    assert type(loaded.model.diffusion_model) is type(wanted.model.diffusion_model)
+    for (key, a), (other, b) in zip(loaded.model.state_dict().items(), wanted.model.state_dict().items(), strict=True):
+        assert key == other and torch.equal(a.half(), b.half())
+
+
+def test_a_seed_is_a_model():
+    a, b, c = (tiny.weights("flux", seed)[0] for seed in (0, 0, 1))
+    assert all(torch.equal(a[key], b[key]) for key in a) and not all(torch.equal(a[key], c[key]) for key in a)
+
+
+def test_every_family_has_a_tiny_model_and_unsupported_ones_have_none():
+    assert set(tiny.OF_FAMILY) == set(FAMILIES)
+    for family, names in tiny.OF_FAMILY.items():
+        assert all(family_of(model(name).model.diffusion_model) is FAMILIES[family] for name in names)
+    assert all(family_of(model(name).model.diffusion_model) is None for name in tiny.UNSUPPORTED)
+
+
+@pytest.mark.parametrize("name", tiny.KINDS)
+def test_gates_and_modulation_are_alive(name):
+    dead = [key for key, p in model(name).model.diffusion_model.named_parameters() if not p.any()]
+    assert not dead
+
+
+def test_the_larger_model_is_large_and_is_made_in_a_moment():
+    begun = time.monotonic()
+    made = tiny.patcher("flux_13m")
+    assert time.monotonic() - begun < 10
+    assert sum(p.numel() for p in made.model.diffusion_model.parameters()) >= 13_000_000
+    assert made.model.diffusion_model.params.hidden_size == 256
+
+
+def test_a_model_the_stock_loader_cannot_size_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="patcher"):
+        tiny.write("qwen_image", tmp_path / "model.safetensors")

@@ -1,0 +1,112 @@
+"""Hindcast: every candidate is scored on what it would have said, and the best is chosen."""
+import math
+
+import pytest
+import torch
+
+from pack.core.step import Clock
+from pack.core.stepcache.hindcast import SAMPLE, Hindcast, relative_error, sampled
+from pack.core.stepcache.predictors.divided_differences import DividedDifferences
+from pack.core.stepcache.predictors.hold import Hold
+from pack.core.store import Snapshot
+
+CLOCK = Clock([1 - n / 20 for n in range(21)], flow=True)
+STEPS = [CLOCK.tick(1 - n / 20) for n in range(20)]
+HOLD, LINE, PARABOLA = Hold(), DividedDifferences(1), DividedDifferences(2)
+
+
+def path(degree: int, steps=range(20)) -> list[Snapshot]:
+    """Snapshots of a random polynomial of the step index."""
+    generator = torch.Generator().manual_seed(degree)
+    coefficients = [torch.randn(3, 8, generator=generator) for _ in range(degree + 1)]
+    return [Snapshot(STEPS[n], sum(c * (n / 5) ** k for k, c in enumerate(coefficients))) for n in steps]
+
+
+def scored(degree: int, candidates=(HOLD, LINE, PARABOLA), until: int = 5) -> Hindcast:
+    hindcast, known = Hindcast(candidates), path(degree)
+    for n in range(1, until):
+        hindcast.score(known[max(0, n - 3): n], known[n].step, known[n].value)
+        hindcast.settle(candidates[0])
+    return hindcast
+
+
+@pytest.mark.parametrize(("degree", "best"), [(1, LINE), (2, PARABOLA)])
+def test_the_candidate_that_fits_the_path_is_chosen(degree, best):
+    chosen, expected = scored(degree).choose(tuple(STEPS[:5]), STEPS[5])
+    assert chosen == best and expected < 1e-4
+
+
+def test_on_noise_hold_is_chosen():
+    hindcast, generator = Hindcast((HOLD, LINE, PARABOLA)), torch.Generator().manual_seed(0)
+    known = [Snapshot(step, torch.randn(400, generator=generator)) for step in STEPS]
+    for n in range(3, 8):
+        hindcast.score(known[n - 3: n], known[n].step, known[n].value)
+        hindcast.settle(HOLD)
+    assert hindcast.choose(tuple(STEPS[:8]), STEPS[8])[0] == HOLD
+
+
+def test_the_error_is_the_relative_mean_difference_and_is_told_for_the_best():
+    hindcast = Hindcast((HOLD,))
+    hindcast.score([Snapshot(STEPS[0], torch.tensor([1.0, 3.0]))], STEPS[1], torch.tensor([2.0, 2.0]))
+    hindcast.settle(HOLD)
+    assert hindcast.last == pytest.approx(0.5)
+
+
+def test_the_expected_error_grows_as_the_reach_of_the_candidate():
+    hindcast = Hindcast((LINE,))
+    hindcast.score([Snapshot(STEPS[n], torch.tensor([v])) for n, v in ((0, 1.0), (1, 2.0))], STEPS[2], torch.tensor([4.0]))
+    hindcast.settle(LINE)
+    assert hindcast.last == pytest.approx(0.25)
+    expected = [hindcast.choose((STEPS[1], STEPS[2]), STEPS[2 + ahead])[1] for ahead in (1, 2, 3)]
+    assert expected == pytest.approx([0.25, 1.0, 2.25])
+
+
+def test_rates_are_halved_into_the_new_one():
+    hindcast = Hindcast((HOLD,))
+    for n, (before, now) in enumerate(((1.0, 2.0), (2.0, 2.0)), 1):
+        hindcast.score([Snapshot(STEPS[n - 1], torch.tensor([before]))], STEPS[n], torch.tensor([now]))
+        hindcast.settle(HOLD)
+    assert hindcast.choose((STEPS[2],), STEPS[3]) == (HOLD, pytest.approx(0.25))
+
+
+def test_of_several_rows_the_worst_counts():
+    hindcast = Hindcast((HOLD,))
+    for value in (1.0, 1.5, 1.1):
+        hindcast.score([Snapshot(STEPS[0], torch.tensor([value]))], STEPS[1], torch.tensor([1.0]))
+    hindcast.settle(HOLD)
+    assert hindcast.last == pytest.approx(0.5)
+
+
+def test_the_same_place_teaches_nothing():
+    hindcast = Hindcast((HOLD,))
+    hindcast.score([Snapshot(STEPS[1], torch.ones(3))], STEPS[1], torch.zeros(3))
+    hindcast.settle(HOLD)
+    assert hindcast.last is None and hindcast.choose((STEPS[1],), STEPS[2]) == (HOLD, None)
+
+
+def test_a_prediction_that_is_not_a_number_is_infinitely_wrong():
+    hindcast = Hindcast((HOLD,))
+    hindcast.score([Snapshot(STEPS[0], torch.tensor([math.nan]))], STEPS[1], torch.ones(1))
+    hindcast.settle(HOLD)
+    assert hindcast.choose((STEPS[1],), STEPS[2])[1] == math.inf
+
+
+def test_without_history_enough_there_is_no_choice_and_without_scores_no_expectation():
+    hindcast = Hindcast((LINE, PARABOLA))
+    assert hindcast.choose((STEPS[0],), STEPS[1]) == (None, None)
+    assert hindcast.choose((STEPS[0], STEPS[1]), STEPS[2]) == (LINE, None)
+
+
+def test_a_sample_is_small_and_walks_through_every_channel():
+    value = torch.zeros(2, 4096, 256)
+    value[..., 7] = 1
+    part = sampled(value)
+    assert SAMPLE / 2 < part.numel() <= 2 * SAMPLE and part.mean() == pytest.approx(1 / 256, rel=0.1)
+    assert torch.equal(sampled(value[0, :3]), value[0, :3].reshape(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_relative_error_is_fp32_whatever_goes_in(dtype):
+    error = relative_error(torch.full((70000,), 1.5, dtype=dtype), torch.ones(70000, dtype=dtype))
+    assert error.dtype == torch.float32 and error.ndim == 0 and error.item() == pytest.approx(0.5)
+    assert torch.isfinite(relative_error(torch.ones(3, dtype=dtype), torch.zeros(3, dtype=dtype)))

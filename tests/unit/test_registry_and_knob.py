@@ -1,0 +1,103 @@
+"""Registries and knobs, and every entry of every registry."""
+from dataclasses import dataclass, fields
+
+import pytest
+
+from pack.core.families import FAMILIES, family_of
+from pack.core.knob import checked, knob, knobs, settings
+from pack.core.registry import Registry
+from pack.core.run import Settings
+from pack.core.stepcache.levels import LEVELS
+from pack.core.stepcache.policies import POLICIES
+from pack.core.stepcache.predictors import PREDICTORS
+
+ENTRIES = [pytest.param(entry, id=f"{registry.kind}: {name}") for registry in (POLICIES, PREDICTORS, LEVELS) for name, entry in registry.items()]
+
+
+@dataclass(frozen=True)
+class Entry:
+    name = "an entry"
+    amount: float = knob(0.5, "Help.", 0.0, 1.0, 0.1)
+    kind: str = knob("a", "Help.", choices=("a", "b"))
+    hidden: int = 3
+
+
+def test_entries_keep_the_order_of_the_menu():
+    first, second = type("First", (), {"name": "z"}), type("Second", (), {"name": "a"})
+    assert list(Registry("thing", first, second)) == ["z", "a"] and Registry("thing", first)["z"] is first
+
+
+def test_a_name_is_given_once():
+    with pytest.raises(ValueError, match="thing 'an entry' is registered twice"):
+        Registry("thing", Entry, Entry)
+
+
+def test_an_unknown_name_is_told_with_the_known_ones():
+    with pytest.raises(ValueError, match="unknown thing 'x'; known: an entry"):
+        Registry("thing", Entry)["x"]
+
+
+def test_a_membership_test_is_not_an_error():
+    assert "x" not in Registry("thing", Entry) and Registry("thing", Entry).get("x") is None
+
+
+def test_only_knobs_are_settings():
+    assert [field.name for field in knobs(Entry)] == ["amount", "kind"] and settings(Entry(amount=0.2)) == {"amount": 0.2, "kind": "a"}
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"amount": 1.1}, "an entry: amount is 1.1; it must lie between 0.0 and 1.0"), ({"amount": -0.1}, "amount is -0.1"),
+    ({"amount": float("nan")}, "amount is nan"), ({"kind": "c"}, "an entry: kind is 'c'; choose one of a, b")])
+def test_a_wrong_setting_is_named_with_what_it_may_be(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        checked(Entry(**wrong))
+
+
+@pytest.mark.parametrize("right", [{}, {"amount": 0.0}, {"amount": 1.0}, {"kind": "b"}, {"hidden": 99}])
+def test_a_right_setting_passes(right):
+    assert checked(Entry(**right)) == Entry(**right)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_entry_is_built_from_its_defaults_and_its_knobs_are_whole(entry):
+    assert checked(entry()) == entry() and entry.__dataclass_params__.frozen
+    assert [field.name for field in knobs(entry)] == [field.name for field in fields(entry)], "what is not a knob does not belong in the settings"
+    for field in knobs(entry):
+        told = field.metadata
+        assert told["help"].endswith(".") and len(told["help"]) > 20
+        assert (told["choices"] is None) == (told["low"] is not None) == (told["high"] is not None) == (told["step"] is not None)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_settings_are_hashable_plain_and_refuse_a_policy_that_sees_nothing(policy, level):
+    parts = POLICIES[policy](), PREDICTORS["automatic"](), LEVELS[level]()
+    if POLICIES[policy].needs_forward and not getattr(LEVELS[level], "gates", True):
+        with pytest.raises(ValueError, match=f"policy '{policy}' must see the first blocks run, and level '{level}' runs none"):
+            Settings(*parts)
+    else:
+        hash(Settings(*parts))
+        assert Settings(*parts).as_dict()["policy"]["name"] == policy and LEVELS[level]().resolve(parts[0]).seam
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_every_family_tells_a_class_and_stacks_that_can_be_told_apart(family):
+    module, _, name = family.model.partition(":")
+    assert module.startswith("comfy.ldm.") and name.isidentifier() and family.stacks
+    for stack in family.stacks:
+        assert stack.stream in stack.inputs and stack.stream in stack.returns and set(stack.returns) <= set(stack.inputs)
+    made = type(name, (), {"__module__": module, "__qualname__": name})
+    assert family.matches(made()) and family_of(made()) is family
+    assert not family.matches(type("Child", (made,), {})()) and family_of(object()) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("by_name", [True, False], ids=["by name", "by place"])
+def test_a_block_that_does_nothing_returns_what_it_took(family, by_name):
+    for stack in family.stacks:
+        values = {name: object() for name in stack.inputs}
+        args, kwargs = ((), values) if by_name else (tuple(values.values()), {})
+        assert stack.taken(args, kwargs) is values[stack.stream]
+        assert stack.given(stack.passed(args, kwargs)) is values[stack.stream]
+        other = object()
+        assert stack.given(stack.passed(args, kwargs, other)) is other

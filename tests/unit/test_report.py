@@ -1,0 +1,50 @@
+"""The report: one record that the node, the log and the benchmark read."""
+import json
+
+import pytest
+
+from pack.core.report import Evaluation, Report
+
+
+def ran(**more) -> Report:
+    each = [Evaluation(1.0, True, 1.0), Evaluation(0.8, True, 1.0, 0.03, 0.02), Evaluation(0.6, False, 0.2, 0.01), Evaluation(0.4, False, 0.2, 0.03),
+            Evaluation(0.2, True, 1.0, 0.05, 0.04, why="last step")]
+    return Report(model="flux", sampler="euler", steps=5, policy="interval", each=each, seconds=1.5, **more)
+
+
+def test_evaluations_are_shares_summed_and_steps_are_counted_beside_them():
+    record = ran().as_dict()
+    assert ran().evaluations == pytest.approx(3.4)
+    assert (record["evaluations"], record["baseline_evaluations"], record["computed_steps"], record["skipped_steps"]) == (3.4, 5, 3, 2)
+
+
+def test_the_record_is_plain_data():
+    record = json.loads(json.dumps(ran().as_dict()))
+    assert record["each"][2] == {"sigma": 0.6, "computed": False, "share": 0.2, "predicted_error": 0.01, "hindcast_error": None, "ms": 0.0, "why": ""}
+    assert record["state"] == "ran" and record["policy"] == "interval"
+
+
+def test_an_error_that_is_not_finite_does_not_spoil_the_record():
+    report = Report(each=[Evaluation(1.0, True, 1.0, float("inf"), float("inf"))])
+    json.dumps(report.as_dict(), allow_nan=False)
+
+
+def test_the_line_tells_what_was_saved_and_how_far_off_it_is():
+    line = ran(reason="a reason").line()
+    assert "\n" not in line and line.startswith("Step Cache: 3.4 of 5 evaluations (1.47x fewer), 3 computed, 2 skipped")
+    assert "expected" in line and "measured" in line and "1.50 s" in line and line.endswith("(a reason)")
+
+
+def test_a_run_without_skips_claims_no_saving_and_no_error():
+    report = Report(each=[Evaluation(1.0, True, 1.0, 0.1, 0.1)] * 9)
+    assert report.line().startswith("Step Cache: 9 of 9 evaluations, 9 computed, 0 skipped") and "fewer" not in report.line()
+
+
+def test_a_run_that_was_left_alone_says_why():
+    report = Report(state="off", reason="the run has 4 steps")
+    assert report.line() == "Step Cache is off: the run has 4 steps"
+    assert report.as_dict()["evaluations"] == 0 == report.as_dict()["baseline_evaluations"]
+
+
+def test_a_run_that_was_stopped_at_once_has_a_line():
+    assert Report().line().startswith("Step Cache: 0 of 0 evaluations")

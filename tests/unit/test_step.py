@@ -1,0 +1,90 @@
+"""The clock: where a run is, told from the sigmas alone."""
+import math
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from pack.core.step import CLOSE, Clock
+
+
+@st.composite
+def schedules(draw):
+    """Falling sigmas, as few as two, steep or flat, ending in 0 or above."""
+    ratios = draw(st.lists(st.floats(0.3, 0.99), min_size=1, max_size=40))
+    sigmas = [draw(st.floats(0.5, 100.0))]
+    for ratio in ratios:
+        sigmas.append(sigmas[-1] * ratio)
+    assume(sigmas[-1] > 1e-5)
+    return [*sigmas, 0.0] if draw(st.booleans()) else sigmas
+
+
+@given(schedules(), st.booleans())
+def test_the_sigmas_of_a_schedule_are_at_their_indices(sigmas, flow):
+    clock = Clock(sigmas, flow)
+    for n, sigma in enumerate(sigmas[:-1]):
+        step = clock.tick(sigma)
+        assert step.place == n == step.index == step.evaluation
+        assert step.steps == len(sigmas) - 1 and step.last == (n == len(sigmas) - 2) and not step.rises
+
+
+@given(schedules(), st.data())
+def test_a_sigma_between_two_of_the_schedule_is_between_their_places(sigmas, data):
+    clock = Clock(sigmas, flow=True)
+    n = data.draw(st.integers(0, len(sigmas) - 2))
+    share = data.draw(st.floats(0.05, 0.95))
+    sigma = sigmas[n] + share * (sigmas[n + 1] - sigmas[n])
+    assume(sigmas[n] > sigma * (1 + 2 * CLOSE) and sigma > sigmas[n + 1] * (1 + 2 * CLOSE))
+    place = clock.place(sigma)
+    assert n < place < n + 1 and place == pytest.approx(n + share, abs=1e-3)
+    assert clock.tick(sigma).index in (n, n + 1 if share > 1 - 2 * CLOSE else n)
+
+
+@given(schedules(), st.lists(st.floats(0, 120), min_size=2, max_size=20))
+def test_places_fall_with_the_sigma_and_stay_in_the_schedule(sigmas, others):
+    clock = Clock(sigmas, flow=False)
+    places = [clock.place(sigma) for sigma in sorted(others, reverse=True)]
+    assert all(later >= earlier - 1e-3 for earlier, later in zip(places, places[1:], strict=False))
+    assert all(0 <= place <= len(sigmas) - 1 for place in places)
+    assert all(0 <= clock.tick(sigma).index <= len(sigmas) - 2 for sigma in others)
+
+
+@given(schedules())
+def test_sigmas_that_went_through_float32_and_back_are_the_same_place(sigmas):
+    clock = Clock(sigmas, flow=True)
+    assert [clock.place(sigma * (1 + 3e-7)) for sigma in sigmas[:-1]] == list(range(len(sigmas) - 1))
+
+
+@given(schedules())
+def test_the_mean_width_of_the_steps_is_one(sigmas):
+    clock = Clock(sigmas, flow=True)
+    widths = [clock.tick(sigma).width for sigma in sigmas[:-1]]
+    assert sum(widths) / len(widths) == pytest.approx(1) and min(widths) >= 0
+
+
+def test_a_second_stage_of_a_step_is_not_another_step_and_does_not_rise():
+    clock = Clock([1.0, 0.6, 0.3, 0.0], flow=True)
+    steps = [clock.tick(sigma) for sigma in (1.0, 0.6, 0.6, 0.3, 0.3)]
+    assert [step.place for step in steps] == [0, 1, 1, 2, 2] and [step.evaluation for step in steps] == [0, 1, 2, 3, 4]
+    assert not any(step.rises for step in steps) and [step.last for step in steps] == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize(("before", "now", "rises"), [
+    (0.3, 0.6, True), (0.6, 0.6, False), (0.6, 0.600001, False), (0.6, 0.601, True), (0.6, 0.3, False)])
+def test_a_sigma_above_the_one_before_rises(before, now, rises):
+    clock = Clock([1.0, 0.6, 0.3, 0.0], flow=True)
+    clock.tick(before)
+    assert clock.tick(now).rises is rises
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_log_snr_of_a_flow_falls_with_sigma_and_is_bounded(a, b):
+    clock = Clock([1.0, 0.0], flow=True)
+    low, high = sorted((a, b))
+    assert clock.log_snr(low) >= clock.log_snr(high) and abs(clock.log_snr(a)) < 7
+    assert clock.log_snr(0.5) == pytest.approx(0)
+
+
+@given(st.floats(0.01, 200))
+def test_log_snr_of_the_variance_exploding_form_is_minus_the_log_of_sigma(sigma):
+    assert Clock([14.6, 0.0], flow=False).log_snr(sigma) == pytest.approx(-math.log(sigma))
