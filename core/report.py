@@ -65,6 +65,7 @@ class Report:
             text += f", expected error {median(expected):.1%} per skip"
         checked = [e for e in self.each if e.hindcast_error is not None and e.predicted_error is not None]
         if expected and checked:
-            text += f" (where it was checked: expected {median(e.predicted_error for e in checked):.1%}, measured {median(e.hindcast_error for e in checked):.1%})"
+            told, found = median(e.predicted_error for e in checked), median(e.hindcast_error for e in checked)
+            text += f" (where it was checked: expected {told:.1%}, measured {found:.1%})"
         text += f", {self.seconds:.2f} s"
         return text + (f" ({self.reason})" if self.reason else "")
