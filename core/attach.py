@@ -17,7 +17,7 @@ from .families import FAMILIES, family_of
 from .report import Report
 from .run import Run, Settings
 from .stepcache.governor import stand_down
-from .stepcache.levels import Blocks, Call, Seam
+from .stepcache.levels import Blocks, Call, ModelOutput, Seam
 from .store import Row
 
 log = logging.getLogger("reprise")
@@ -91,6 +91,8 @@ def predict_noise(executor, x, timestep, model_options=None, seed=None):
     run = model_options.get("transformer_options", {}).get(RUN)
     if run is None or x.is_nested:
         return executor(x, timestep, model_options, seed)
+    if run.level.seam is Seam.GUIDED and looks_into_guidance(executor.class_obj, model_options):
+        run.fall_back(ModelOutput(), "the sampler looks into guidance, so model output is skipped instead of guided output")
     sigma = timestep.flatten()[:1].float()
     now = sigma.item()
     run.begin(now, acting(getattr(executor.class_obj, "conds", {}), now))
@@ -102,6 +104,12 @@ def predict_noise(executor, x, timestep, model_options=None, seed=None):
         denoised = executor(x, timestep, model_options, seed)
     run.finish()
     return denoised
+
+
+def looks_into_guidance(guider, model_options: dict) -> bool:
+    """Whether the sampler has put a function of its own behind guidance, as the CFG++ samplers do: it must be called every time."""
+    own, shared = (options.get("sampler_post_cfg_function", ()) for options in (model_options, guider.model_options))
+    return len(own) > len(shared)
 
 
 def acting(conds: dict, sigma: float) -> tuple:

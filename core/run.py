@@ -67,6 +67,11 @@ class Run:
             self.acting = acting
         self.cache.begin(self.clock.tick(sigma))
 
+    def fall_back(self, level: Level, why: str) -> None:
+        """Go on at a safer level, from an empty history."""
+        self.level, self.report.level, self.report.reason = level, level.name, why
+        self.cache.forget()
+
     def finish(self) -> None:
         self.cache.finish()
 

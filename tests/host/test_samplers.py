@@ -95,3 +95,12 @@ def test_an_interval_of_one_computes_every_evaluation_of_a_sampler_with_two_per_
     latent, report = run(model("flux"), "flux", sampler="heun", cached={"policy_knobs": {"interval": 1}})
     assert all(decisions(report))
     assert torch.equal(latent, plain("flux", sampler="heun"))
+
+
+@pytest.mark.parametrize("sampler", [name for name in comfy.samplers.KSAMPLER_NAMES if name.endswith("cfg_pp")])
+def test_a_sampler_that_reads_the_unguided_output_is_served_below_guidance(sampler):
+    """CFG++ takes the negative's output from a function behind guidance: a step skipped above it would hand it an old one."""
+    latent, report = run(model("flux"), "flux", sampler=sampler, cfg=1.5, cached={"level": "guided output", "policy_knobs": {"interval": 2}})
+    assert report.level == "model output" and "looks into guidance" in report.reason and not all(decisions(report))
+    replayed, _ = run(model("flux"), "flux", sampler=sampler, cfg=1.5, cached={"level": "model output", "policy_knobs": {"interval": 2}})
+    assert torch.equal(latent, replayed)
