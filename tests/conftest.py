@@ -7,6 +7,11 @@ import os
 import sys
 from pathlib import Path
 
+from hypothesis import settings
+
+settings.register_profile("repository", deadline=None, derandomize=True)     # a busy machine is slow, and a red test must be red again
+settings.load_profile("repository")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
