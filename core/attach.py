@@ -24,6 +24,9 @@ log = logging.getLogger("reprise")
 
 KEY = "reprise.step_cache"
 RUN = "reprise.run"
+# Functions behind guidance may start and end with sigma, keep a state, or be how a CFG++ sampler gets at the negative's
+# output; whatever they do, they must be called on every evaluation.
+GUIDANCE_HOOKS = ("sampler_pre_cfg_function", "sampler_post_cfg_function")
 
 
 @dataclass(frozen=True)
@@ -91,12 +94,12 @@ def predict_noise(executor, x, timestep, model_options=None, seed=None):
     run = model_options.get("transformer_options", {}).get(RUN)
     if run is None or x.is_nested:
         return executor(x, timestep, model_options, seed)
-    if run.level.seam is Seam.GUIDED and looks_into_guidance(executor.class_obj, model_options):
-        run.fall_back(ModelOutput(), "the sampler looks into guidance, so model output is skipped instead of guided output")
+    if run.level.seam is Seam.GUIDED and any(model_options.get(hook) for hook in GUIDANCE_HOOKS):
+        run.fall_back(ModelOutput(), "the sampler or a node looks into guidance, so model output is skipped instead of guided output")
     sigma = timestep.flatten()[:1].float()
     now = sigma.item()
     run.begin(now, acting(getattr(executor.class_obj, "conds", {}), now))
-    if run.level.seam is Seam.GUIDED and sigma > 0:
+    if run.level.seam is Seam.GUIDED and now > 0:
         row = Row(str(x.device), 0, None, 0, None, tuple(x.shape))
         call = Call((row,), x, sigma.to(x.device).view([1] * x.ndim))
         denoised = run.level.evaluate(run.cache, call, lambda: executor(x, timestep, model_options, seed))
@@ -106,18 +109,17 @@ def predict_noise(executor, x, timestep, model_options=None, seed=None):
     return denoised
 
 
-def looks_into_guidance(guider, model_options: dict) -> bool:
-    """Whether the sampler has put a function of its own behind guidance, as the CFG++ samplers do: it must be called every time."""
-    own, shared = (options.get("sampler_post_cfg_function", ()) for options in (model_options, guider.model_options))
-    return len(own) > len(shared)
-
-
 def acting(conds: dict, sigma: float) -> tuple:
-    """Which conditions and ControlNets act at this sigma. The output jumps where that changes, so nothing is predicted across it."""
+    """Which conditions, ControlNets and LoRA keyframes act at this sigma.
+
+    The output jumps where that changes, so nothing is predicted across it.
+    """
     flags = []
     for entries in conds.values():
         for cond in entries:
             flags.append(within(sigma, cond.get("timestep_start"), cond.get("timestep_end")))
+            for hook in getattr(cond.get("hooks"), "hooks", ()):
+                flags.append(sum(sigma <= float(keyframe.start_t) for keyframe in hook.hook_keyframe.keyframes))
             control = cond.get("control")
             while control is not None:
                 flags.append(within(sigma, *(getattr(control, "timestep_range", None) or (None, None))))
@@ -145,7 +147,7 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
 
     run = options.get(RUN)
     rows = rows_of(run, options, x, Seam.MODEL)
-    if not rows or not run.cache.enter(rows):
+    if not rows or run.cache.step.sigma <= 0 or not run.cache.enter(rows):
         return compute()
     sigma = t.float().to(x.device).view([-1] + [1] * (x.ndim - 1))
     return run.level.evaluate(run.cache, Call(rows, x, sigma), compute)
@@ -166,13 +168,15 @@ def diffusion_model(executor, *args, **kwargs):
 
 def rows_of(run: Run | None, options: dict, x, seam: Seam) -> tuple[Row, ...]:
     """The rows of a model call, or none where the level is another one or the call is not understood: then it is computed."""
-    if run is None or run.level.seam is not seam or run.ordinal is None or torch.compiler.is_compiling() or not torch.is_tensor(x):
+    if run is None or run.level.seam is not seam or run.ordinal is None or torch.compiler.is_compiling():
         return ()
     uuids, conds = options.get("uuids"), options.get("cond_or_uncond")
-    if not uuids or not conds or len(uuids) != len(conds) or x.shape[0] % len(uuids):
+    if not torch.is_tensor(x) or not uuids or not conds or len(uuids) != len(conds) or x.shape[0] % len(uuids):
+        run.cache.ran(1, 1.0)
         return ()
     shape = (x.shape[0] // len(uuids), *x.shape[1:])
-    return run.rows(str(x.device), uuids, conds, window_of(options), shape)
+    patches = frozenset((kind, key) for kind, blocks in options.get("patches_replace", {}).items() for key in blocks)
+    return run.rows(str(x.device), uuids, conds, window_of(options), shape, patches)
 
 
 def window_of(options: dict) -> tuple | None:

@@ -46,6 +46,10 @@ class Report:
     def computed(self) -> int:
         return sum(e.computed for e in self.each)
 
+    def add_reason(self, why: str) -> None:
+        if why not in self.reason:
+            self.reason = f"{self.reason}; {why}" if self.reason else why
+
     def as_dict(self) -> dict:
         record = asdict(self)
         return record | {

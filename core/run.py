@@ -50,43 +50,51 @@ class Run:
         candidates = [c for c in settings.predictor.candidates() if steady or c.history <= 2] or [Hold(), DividedDifferences(1)]
         self.report = Report(
             model=family.name, sampler=sampler, steps=self.clock.steps, policy=settings.policy.name, predictor=settings.predictor.name,
-            level=self.level.name, settings=settings.as_dict(), reason="" if steady else f"{sampler} adds noise on the way, so at most one skip in a row")
+            level=self.level.name, settings=settings.as_dict(), reason="" if steady else f"{sampler} may add noise on the way, so at most one skip in a row")
         governor = Governor(start_sigma, end_sigma, settings.max_consecutive_skips if steady else min(settings.max_consecutive_skips, 1))
         self.cache = StepCache(settings.policy, candidates, governor, self.report)
-        self.begun = time.perf_counter()
+        self.begun: float | None = None     # when the first evaluation began; models were loaded before
         self.ordinals: Counter = Counter()
-        self.ordinal: int | None = None
+        self.ordinal: int | None = None     # none outside an evaluation, and before the host comes to its conditions
+        self.inside = False
         self.acting: tuple = ()
 
     def begin(self, sigma: float, acting: tuple = ()) -> None:
         """A solver evaluation begins. `acting` tells which conditions act in it."""
+        self.begun = self.begun or time.perf_counter()
         self.ordinals.clear()
-        self.ordinal = None
+        self.ordinal, self.inside = None, True
         if acting != self.acting:
-            self.cache.forget()
+            if self.clock.evaluations:
+                self.cache.forget("conditions start or end")
             self.acting = acting
         self.cache.begin(self.clock.tick(sigma))
 
     def fall_back(self, level: Level, why: str) -> None:
         """Go on at a safer level, from an empty history."""
-        self.level, self.report.level, self.report.reason = level, level.name, why
+        self.level, self.report.level = level, level.name
+        self.report.add_reason(why)
         self.cache.forget()
 
     def finish(self) -> None:
+        self.ordinal, self.inside = None, False
         self.cache.finish()
 
     def batch(self, window: tuple | None) -> None:
         """The conditions of one pass are about to be evaluated: the main pass first, guidance that repeats them after it.
 
-        Counted within a context window, because windows go through the same call one after the other.
+        Counted within a context window, because windows go through the same call one after the other. A call from
+        outside an evaluation belongs to none.
         """
+        if not self.inside:
+            return
         self.ordinal = self.ordinals[window]
         self.ordinals[window] += 1
 
-    def rows(self, device: str, uuids, conds, window: tuple | None, shape: tuple) -> tuple[Row, ...]:
-        return tuple(Row(device, self.ordinal, uuid, cond, window, shape) for uuid, cond in zip(uuids, conds, strict=True))
+    def rows(self, device: str, uuids, conds, window: tuple | None, shape: tuple, patches: frozenset) -> tuple[Row, ...]:
+        return tuple(Row(device, self.ordinal, uuid, cond, window, shape, patches) for uuid, cond in zip(uuids, conds, strict=True))
 
     def close(self) -> Report:
-        self.report.seconds = time.perf_counter() - self.begun
+        self.report.seconds = time.perf_counter() - self.begun if self.begun else 0.0
         self.cache.close()
         return self.report

@@ -55,7 +55,9 @@ class Clock:
     def place(self, sigma: float) -> float:
         falling = [-s for s in self.sigmas]
         after = bisect_left(falling, -sigma * (1 + CLOSE))
-        if after < len(self.sigmas) and math.isclose(self.sigmas[after], sigma, rel_tol=CLOSE, abs_tol=1e-8):
+        if after < len(self.sigmas) and self.close(self.sigmas[after], sigma):
+            while after + 1 < len(self.sigmas) and self.close(self.sigmas[after + 1], sigma):
+                after += 1      # a sigma that repeats: the last of them, so that the last step is known as such
             return float(after)
         if after == 0:
             return 0.0
@@ -63,6 +65,10 @@ class Clock:
             return float(self.steps)
         above, below = self.sigmas[after - 1], self.sigmas[after]
         return after - 1 + (above - sigma) / max(above - below, 1e-12)
+
+    @staticmethod
+    def close(a: float, b: float) -> bool:
+        return math.isclose(a, b, rel_tol=CLOSE, abs_tol=1e-8)
 
     def log_snr(self, sigma: float) -> float:
         if self.flow:

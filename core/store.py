@@ -28,6 +28,7 @@ class Row(NamedTuple):
     cond: int
     window: tuple | None
     shape: tuple
+    patches: frozenset = frozenset()    # keys of replaced blocks: when one such guidance ends, the next takes its ordinal
 
 
 @dataclass

@@ -1,4 +1,6 @@
 """How a run's report reaches the user: a line of text under the node, and an event for whoever listens."""
+import sys
+
 from ..core.report import Report
 
 EVENT = "reprise.report"
@@ -17,8 +19,5 @@ def notifier(node_id: str | None):
 
 
 def running_server():
-    try:
-        from server import PromptServer
-    except ImportError:
-        return None
-    return getattr(PromptServer, "instance", None)
+    """The host's, where there is one; its module is not imported for this."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)

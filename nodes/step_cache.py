@@ -34,11 +34,13 @@ class StepCache(io.ComfyNode):
                 choice("predictor", PREDICTORS, tooltip="Stands in for what a skipped step would have computed. Used by the preset 'custom'."),
                 choice("level", LEVELS, tooltip="What is skipped: everything, the model, or its later blocks. Used by the preset 'custom'."),
                 io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
-                               tooltip="Skips are allowed from this share of the run on. Used by the preset 'custom'."),
+                               tooltip="Skips are allowed from this share of the noise schedule on. Used by the preset 'custom'."),
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
-                               tooltip="Skips are allowed up to this share of the run; the last step is always computed. Used by the preset 'custom'."),
+                               tooltip="Skips are allowed up to this share of the noise schedule; the last step is always computed. "
+                                       "Used by the preset 'custom'."),
                 io.Int.Input("max_consecutive_skips", default=4, min=1, max=50, optional=True, advanced=True,
-                             tooltip="After so many skips in a row a step is computed. Used by the preset 'custom'."),
+                             tooltip="After so many skips in a row an evaluation is computed; Heun and its kin evaluate twice per step. "
+                                     "Used by the preset 'custom'."),
             ],
             outputs=[io.Model.Output(tooltip="The model with the step cache on it.")],
             hidden=[io.Hidden.unique_id],

@@ -178,7 +178,7 @@ def train(kind: str, emoji: Path, out: Path, state: Path | None, device: str, st
             each = (time.monotonic() - begun) / (step - first)
             log.info("step %d of %d, %d px, loss %.4f, %.0f ms a step, %.0f min left",
                      step, plan.steps, plan.px(step), smooth, 1000 * each, each * (plan.steps - step) / 60)
-        if step % 500 == 0 or step == plan.steps:
+        if step % 500 == 0 or step == min(plan.steps, stop or plan.steps):
             checkpoint(kind, average, out)
             if state is not None:
                 part = state.with_suffix(".part")

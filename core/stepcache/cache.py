@@ -27,25 +27,32 @@ class StepCache:
         depth = max(candidate.history for candidate in self.hindcast.candidates)
         self.store = Store(depth)
         self.computed: deque[Step] = deque(maxlen=depth)
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()         # the host may evaluate conditions in several threads, one per GPU
         self.skipped_in_a_row, self.owed = 0, 0.0
-        self.signal: Tensor | None = None    # first blocks' residual of the gate's row at the last computed step
-        self.fresh_signal: Tensor | None = None
-        self.step: Step | None = None
         self.broken = ""                     # why everything is computed from here on
+        self.restart = ""                    # why the history begins anew at the next evaluation
+        # first blocks' residual of the gate's row, and that row: at the last computed step, and now
+        self.signal: tuple[Row | None, Tensor] | None = None
+        self.fresh_signal: tuple[Row | None, Tensor] | None = None
+        # the evaluation under way
+        self.step: Step | None = None
+        self.begun = 0.0
+        self.shares: list[float] = []
+        self.seen: set[Row] = set()
+        self.best, self.expected = None, None
+        self.why = ""
+        self.decision: bool | None = None
 
     # one evaluation ------------------------------------------------------------------------------------------------
     def begin(self, step: Step) -> None:
         if step.rises:
-            self.forget()
+            self.forget("sigma rises")
         self.step, self.begun = step, time.perf_counter()
-        self.shares: list[float] = []
-        self.seen: set[Row] = set()
-        self.fresh_signal = None
+        self.shares, self.seen, self.fresh_signal, self.decision = [], set(), None, None
         self.best, expected = self.hindcast.choose(tuple(self.computed), step)
         self.expected = None if expected is None else expected * step.width
-        self.why = self.broken or self.governor.must_compute(step, tuple(self.computed), self.skipped_in_a_row)
-        self.decision: bool | None = None
+        self.why = self.broken or self.restart or self.governor.must_compute(step, tuple(self.computed), self.skipped_in_a_row)
+        self.restart = ""
         if self.why or not self.policy.needs_forward:
             self.decide(None)
 
@@ -53,18 +60,19 @@ class StepCache:
         view = View(self.step, tuple(self.computed), self.expected, self.owed, drift)
         self.decision = not self.why and self.best is not None and self.policy.skip(view)
 
-    def skips(self, signal: Tensor | None = None) -> bool:
+    def skips(self, signal: Tensor | None = None, row: Row | None = None) -> bool:
         """Whether this evaluation is a skip.
 
-        A policy that needs a forward decides on the first call, from `signal`, the first blocks' residual of the row
-        that the host runs first; every later call of the evaluation obeys.
+        A policy that needs a forward decides on the first call, from `signal`, the first blocks' residual of `row`,
+        which the host runs first; every later call of the evaluation obeys.
         """
         with self.lock:
             if self.fresh_signal is None and signal is not None and self.policy.needs_forward:
-                self.fresh_signal = signal.clone()
+                self.fresh_signal = (row, signal.clone())
             if self.decision is None:
-                known = self.signal is not None and signal is not None and self.signal.shape == signal.shape
-                self.decide(relative_error(sampled(signal), sampled(self.signal)).item() if known else None)
+                before, known = self.signal, self.signal is not None and signal is not None
+                known = known and before[0] == row and before[1].shape == signal.shape and before[1].device == signal.device
+                self.decide(relative_error(sampled(signal), sampled(before[1])).item() if known else None)
             return self.decision
 
     def finish(self) -> None:
@@ -106,25 +114,26 @@ class StepCache:
         past = self.store.get(row)
         return bool(past) and past[-1].step.evaluation >= self.computed[-1].evaluation and (shape is None or past[-1].value.shape == shape)
 
-    def predict(self, row: Row) -> Tensor:
-        """What stands in for the row now, a new tensor. The row must be ready."""
+    def predict(self, row: Row, anchor: Tensor | None = None) -> Tensor:
+        """What stands in for the row now, a new tensor, `anchor` added. The row must be ready."""
         past = self.store.get(row)
         used: tuple[Snapshot, ...] = past[-self.best.history:]
         predictor = self.best if len(used) == self.best.history else self.fallback(len(used))
         used = past[-predictor.history:]
-        return combine(predictor.weights([s.step for s in used], self.step), [s.value for s in used])
+        return combine(predictor.weights([s.step for s in used], self.step), [s.value for s in used], anchor)
 
     def fallback(self, snapshots: int):
-        """The best predictor that a row with a shorter history than the others can serve."""
+        """The highest order for which a row with a shorter history than the others has snapshots enough."""
         able = [candidate for candidate in self.hindcast.candidates if candidate.history <= snapshots]
         return able[-1] if able else Hold()
 
     def learn(self, row: Row, value: Tensor) -> None:
         """Keep what was computed for a row; `value` must be the cache's own. Only the main pass is scored."""
-        past = self.store.get(row)
-        if row.ordinal == 0 and past and past[-1].value.shape == value.shape and not self.decision:
-            self.hindcast.score(past, self.step, value)
-        self.store.put(row, self.step, value)
+        with self.lock:
+            past = self.store.get(row)
+            if row.ordinal == 0 and past and past[-1].value.shape == value.shape and not self.decision:
+                self.hindcast.score(past, self.step, value)
+            self.store.put(row, self.step, value)
 
     def ran(self, rows: int, share: float) -> None:
         """`rows` conditions were evaluated with this share of the blocks of a full evaluation."""
@@ -134,10 +143,13 @@ class StepCache:
     # the run ---------------------------------------------------------------------------------------------------------
     def give_up(self, why: str) -> None:
         """Compute everything from the next evaluation on, and say so."""
-        self.broken = self.broken or why
-        self.report.reason = self.broken
+        if not self.broken:
+            self.broken = why
+            self.report.add_reason(why)
 
-    def forget(self) -> None:
+    def forget(self, why: str = "") -> None:
+        """Drop the history; `why` is told with the next evaluation."""
+        self.restart = why
         self.store.clear()
         self.computed.clear()
         self.skipped_in_a_row, self.owed, self.signal = 0, 0.0, None

@@ -8,6 +8,7 @@ FEWEST_STEPS = 9
 # The host's sampler functions, less their "sample_", that add no noise on the way. Any other gets short skips and low orders.
 DETERMINISTIC = frozenset({
     "euler", "heun", "heunpp2", "exp_heun_2_x0", "dpm_2", "lms", "dpmpp_2m", "ipndm", "ipndm_v", "deis", "res_multistep", "gradient_estimation",
+    "gradient_estimation_cfg_pp",
     "unipc", "unipc_bh2", "euler_cfg_pp", "dpmpp_2m_cfg_pp", "res_multistep_cfg_pp", "ddim",
 })
 
@@ -29,8 +30,6 @@ class Governor:
             return "first step"
         if step.last:
             return "last step"
-        if step.rises:
-            return "sigma rises"
         if not self.end_sigma <= step.sigma <= self.start_sigma:
             return "outside start and end"
         if skips >= self.max_skips:

@@ -2,6 +2,7 @@
 
     e = mean|H' - H| / mean|H|          c <- (c + e / reach) / 2          expected(t) = c * reach(t)
 """
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from ...kernels.combine import combine
 from ..step import Step
 from ..store import SAME_PLACE, Snapshot
 
+AGAIN = "again"   # the name under which a second evaluation at the same sigma is scored
 SAMPLE = 1 << 18  # elements looked at, more than enough for a mean
 
 
@@ -37,11 +39,13 @@ class Hindcast:
     def score(self, past: Sequence[Snapshot], step: Step, actual: Tensor) -> None:
         """Compare every candidate that has history enough with `actual`. Nothing is read back from the device yet.
 
-        Heun and its kin come back to the same sigma; nothing can be learnt there about how errors grow with distance.
+        Heun and its kin come back to the same sigma with another x. Nothing can be learnt there about how errors grow
+        with distance, so that is scored by itself: how far off is it to take the first result for the second?
         """
-        if abs(step.place - past[-1].step.place) < SAME_PLACE:
-            return
         seen = sampled(actual)
+        if abs(step.place - past[-1].step.place) < SAME_PLACE:
+            self.waiting.append((AGAIN, 1.0, relative_error(sampled(past[-1].value), seen)))
+            return
         for candidate in self.candidates:
             if len(past) >= candidate.history:
                 used = past[-candidate.history:]
@@ -61,12 +65,15 @@ class Hindcast:
             if candidate not in worst or error > worst[candidate][0]:
                 worst[candidate] = (error, error / max(reach, 1e-12))
         for candidate, (_, rate) in worst.items():
-            self.rate[candidate] = rate if candidate not in self.rate else (self.rate[candidate] + rate) / 2
-        self.last = worst[best][0] if best in worst else None
+            before = self.rate.get(candidate, math.inf)
+            self.rate[candidate] = (before + rate) / 2 if math.isfinite(before) else rate
+        self.last = next((worst[candidate][0] for candidate in (AGAIN, best) if candidate in worst), None)
         self.waiting.clear()
 
     def choose(self, past: Sequence[Step], at: Step) -> tuple[object, float | None]:
         """The candidate with the least expected error at `at`, and that error; unknown while none was scored."""
+        if past and abs(at.place - past[-1].place) < SAME_PLACE:
+            return self.candidates[0], self.rate.get(AGAIN)     # all of them say the last result here
         scored = {
             candidate: self.rate[candidate] * candidate.reach(past[-candidate.history:], at)
             for candidate in self.candidates if candidate in self.rate and len(past) >= candidate.history

@@ -60,6 +60,43 @@ def test_guidance_that_sets_in_late_starts_from_computed_evaluations(level):
     assert relative(latent, sample(guided(start=0.5), "flux")) < 3 * relative(unguided, plain("flux"))
 
 
+def test_guidance_that_ends_on_a_skipped_step_ends_there():
+    """Skip-layer guidance ends at a sigma; a step skipped above guidance would carry it on."""
+    steered = guided(start=0.0, end=0.5)
+    latent, report = run(steered, "flux", cached={"level": "guided output", "policy_knobs": {"interval": 4, "warm_up": 1}})
+    assert report.level == "model output" and "looks into guidance" in report.reason
+    below, _ = run(steered, "flux", cached={"level": "model output", "policy_knobs": {"interval": 4, "warm_up": 1}})
+    assert torch.equal(latent, below)
+
+
+def test_the_second_of_two_guidances_does_not_take_the_place_of_the_first_when_that_ends():
+    both = SkipLayerGuidanceDiT.execute(guided("1", "", end=0.5), 2.0, 0.0, 1.0, double_layers="", single_layers="1").result[0]
+    errors = replay_errors(attached(both, policy=EVERY_SECOND, level="model output"), "flux")
+    assert max(errors) < 1e-5
+    seen = set()
+    watched = spied(attached(both, policy=EVERY_SECOND, level="model output"), WrappersMP.APPLY_MODEL, lambda executor, args, kwargs: seen.update(
+        row for row in args[5]["reprise.run"].cache.store.rings))
+    sample(watched, "flux")
+    assert {row.patches for row in seen if row.ordinal == 1} == {
+        frozenset({("dit", ("double_block", 1))}), frozenset({("dit", ("single_block", 1))})}
+
+
+def test_a_lora_keyframe_is_a_border_like_any_other():
+    from comfy.hooks import HookGroup, HookKeyframe, HookKeyframeGroup, WeightHook
+
+    from pack.core.attach import acting
+
+    hook, group = WeightHook(), HookGroup()
+    hook.hook_keyframe = HookKeyframeGroup()
+    for strength, start in ((0.0, 1e9), (1.0, 0.4)):
+        keyframe = HookKeyframe(strength)
+        keyframe.start_t = start
+        hook.hook_keyframe.add(keyframe)
+    group.add(hook)
+    told = [acting({"positive": [{"hooks": group}]}, sigma) for sigma in (0.9, 0.5, 0.4, 0.1)]
+    assert told[0] == told[1] != told[2] == told[3]
+
+
 class Control(comfy.controlnet.ControlBase):
     """Adds fixed random residuals after blocks."""
 

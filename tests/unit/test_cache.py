@@ -158,7 +158,39 @@ def test_rows_tell_conditions_apart_in_the_order_of_the_batch():
     now = run()
     now.begin(SIGMAS[0])
     now.batch((0, 1))
-    assert now.rows("cpu", ["a", "a"], [1, 0], (0, 1), (2, 4)) == (Row("cpu", 0, "a", 1, (0, 1), (2, 4)), Row("cpu", 0, "a", 0, (0, 1), (2, 4)))
+    patches = frozenset({("dit", ("double_block", 1))})
+    assert now.rows("cpu", ["a", "a"], [1, 0], (0, 1), (2, 4), patches) == (
+        Row("cpu", 0, "a", 1, (0, 1), (2, 4), patches), Row("cpu", 0, "a", 0, (0, 1), (2, 4), patches))
+
+
+def test_a_call_from_outside_an_evaluation_belongs_to_no_pass():
+    now = run()
+    now.batch(None)
+    assert now.ordinal is None
+    now.begin(SIGMAS[0])
+    now.batch(None)
+    now.finish()
+    assert now.ordinal is None
+    now.batch(None)
+    assert now.ordinal is None
+
+
+def test_where_conditions_change_the_history_begins_anew_and_says_why():
+    now = run()
+    for n, acting in enumerate([(True,), (True,), (False,)]):
+        now.begin(SIGMAS[n], acting)
+        now.cache.ran(1, 1.0)
+        now.finish()
+    assert [e.why for e in now.report.each] == ["first step", "", "conditions start or end"]
+
+
+def test_where_sigma_rises_the_history_begins_anew_and_says_why():
+    now = run()
+    for sigma in (SIGMAS[0], SIGMAS[3], SIGMAS[1]):
+        now.begin(sigma)
+        now.cache.ran(1, 1.0)
+        now.finish()
+    assert now.report.each[-1].why == "sigma rises" and now.report.each[-1].computed
 
 
 def test_samplers_that_add_noise_get_short_skips():

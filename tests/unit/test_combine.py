@@ -56,3 +56,8 @@ def test_one_snapshot_at_weight_one_is_itself_bit_for_bit(dtype):
 def test_weights_and_snapshots_must_be_as_many():
     with pytest.raises(ValueError):
         combine([1.0, 2.0], snapshots(1, torch.float32))
+
+
+def test_fp16_is_held_at_the_end_of_its_range():
+    out = combine([2.0, -1.0], [torch.full((4,), 60000.0, dtype=torch.float16), torch.full((4,), 40000.0, dtype=torch.float16)])
+    assert out.dtype is torch.float16 and torch.isfinite(out).all() and out[0] == 65504

@@ -77,11 +77,22 @@ def test_of_several_rows_the_worst_counts():
     assert hindcast.last == pytest.approx(0.5)
 
 
-def test_the_same_place_teaches_nothing():
+def test_a_second_evaluation_at_the_same_place_is_scored_by_itself():
     hindcast = Hindcast((HOLD,))
-    hindcast.score([Snapshot(STEPS[1], torch.ones(3))], STEPS[1], torch.zeros(3))
+    assert hindcast.choose((STEPS[1],), STEPS[1]) == (HOLD, None), "unknown, so nothing is skipped there"
+    hindcast.score([Snapshot(STEPS[1], torch.full((3,), 1.25))], STEPS[1], torch.ones(3))
     hindcast.settle(HOLD)
-    assert hindcast.last is None and hindcast.choose((STEPS[1],), STEPS[2]) == (HOLD, None)
+    assert hindcast.last == pytest.approx(0.25)
+    assert hindcast.choose((STEPS[1],), STEPS[1]) == (HOLD, pytest.approx(0.25))
+    assert hindcast.choose((STEPS[1],), STEPS[2]) == (HOLD, None), "it tells nothing about how errors grow with distance"
+
+
+def test_an_error_without_end_is_forgotten_at_the_next_one_that_has():
+    hindcast = Hindcast((HOLD,))
+    for n, value in enumerate((math.inf, 1.5)):
+        hindcast.score([Snapshot(STEPS[n], torch.tensor([value]))], STEPS[n + 1], torch.ones(1))
+        hindcast.settle(HOLD)
+    assert hindcast.choose((STEPS[2],), STEPS[3])[1] == pytest.approx(0.5)
 
 
 def test_a_prediction_that_is_not_a_number_is_infinitely_wrong():

@@ -73,10 +73,6 @@ def test_the_governor_says_why_a_step_may_not_be_skipped(at, computed, skips, wh
     assert GOVERNOR.must_compute(STEPS[at], tuple(STEPS[n] for n in computed), skips) == why
 
 
-def test_the_governor_computes_where_sigma_rises():
-    assert GOVERNOR.must_compute(replace(STEPS[8], rises=True), (STEPS[0],), 0) == "sigma rises"
-
-
 def test_reasons_to_stand_down():
     assert stand_down(FEWEST_STEPS, {"reprise.step_cache", "someone"}, {"patches"}) == ""
     assert "8 steps" in stand_down(FEWEST_STEPS - 1, set(), set())

@@ -88,3 +88,8 @@ def test_log_snr_of_a_flow_falls_with_sigma_and_is_bounded(a, b):
 @given(st.floats(0.01, 200))
 def test_log_snr_of_the_variance_exploding_form_is_minus_the_log_of_sigma(sigma):
     assert Clock([14.6, 0.0], flow=False).log_snr(sigma) == pytest.approx(-math.log(sigma))
+
+
+def test_the_last_step_is_known_where_the_last_sigma_repeats():
+    clock = Clock([1.0, 0.5, 0.25, 0.0625, 0.0625, 0.0625, 0.0], flow=True)
+    assert [clock.tick(sigma).last for sigma in (1.0, 0.5, 0.25, 0.0625)] == [False, False, False, True]

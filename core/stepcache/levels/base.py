@@ -36,6 +36,16 @@ class Call:
     blocks: Blocks | None = None
 
 
+def derivative(x: Tensor, denoised: Tensor, sigma: Tensor) -> Tensor:
+    """d = (x - denoised) / sigma, in fp32: k-diffusion's derivative, whatever the model predicts. A new tensor."""
+    return (x.float() - denoised.float()) / sigma
+
+
+def from_derivative(x: Tensor, d: Tensor, sigma: Tensor) -> Tensor:
+    """denoised = x - sigma d, in the type of x."""
+    return (x.float() - sigma * d).to(x.dtype)
+
+
 class Level(Protocol):
     """An immutable dataclass with knobs."""
 

@@ -97,12 +97,13 @@ class Passage:
         if self.begun is not None:      # text may have been joined before the image tokens since
             signal = (self.anchor[:, -self.begun.shape[1]:] - self.begun).chunk(len(self.rows))[0]
         parts = self.anchor.chunk(len(self.rows))
-        return self.cache.skips(signal) and all(self.cache.ready(row, part.shape) for row, part in zip(self.rows, parts, strict=True))
+        return self.cache.skips(signal, self.rows[0]) and all(self.cache.ready(row, part.shape) for row, part in zip(self.rows, parts, strict=True))
 
     def predicted(self, stream):
         """The stream with its last tokens, those of the anchor, replaced; text joined before them is not used any more."""
         self.finished = True
-        out = self.anchor + torch.cat([self.cache.predict(row) for row in self.rows]).to(self.anchor.dtype)
+        parts = self.anchor.chunk(len(self.rows))
+        out = torch.cat([self.cache.predict(row, part) for row, part in zip(self.rows, parts, strict=True)]).to(self.anchor.dtype)
         joined = stream.shape[1] - out.shape[1]
         return torch.cat([stream[:, :joined], out], 1) if joined else out
 

@@ -1,11 +1,11 @@
 """Guided output: the whole evaluation, after guidance. Saves every block, ControlNet and all conditions.
 
-    d = (x - denoised) / sigma          kept and predicted; k-diffusion's derivative, whatever the model predicts
+    d = (x - denoised) / sigma          kept and predicted
     denoised' = x - sigma d'
 """
 from dataclasses import dataclass
 
-from .base import Seam
+from .base import Seam, derivative, from_derivative
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class GuidedOutput:
         (row,) = call.rows
         if cache.skips() and cache.ready(row, call.x.shape):
             cache.ran(1, 0.0)
-            return call.x - call.sigma * cache.predict(row).to(call.x.dtype)
+            return from_derivative(call.x, cache.predict(row), call.sigma)
         denoised = compute()
-        cache.learn(row, (call.x.float() - denoised.float()) / call.sigma)
+        cache.learn(row, derivative(call.x, denoised, call.sigma))
         cache.ran(1, 1.0)
         return denoised

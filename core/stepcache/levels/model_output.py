@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .base import Seam
+from .base import Seam, derivative, from_derivative
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,9 @@ class ModelOutput:
         parts = call.x.chunk(n)
         if cache.skips() and all(cache.ready(row, part.shape) for row, part in zip(call.rows, parts, strict=True)):
             cache.ran(n, 0.0)
-            d = torch.cat([cache.predict(row) for row in call.rows])
-            return (call.x.float() - call.sigma * d).to(call.x.dtype)
+            return from_derivative(call.x, torch.cat([cache.predict(row) for row in call.rows]), call.sigma)
         denoised = compute()
-        d = (call.x.float() - denoised.float()) / call.sigma
-        for row, part in zip(call.rows, d.chunk(n), strict=True):
+        for row, part in zip(call.rows, derivative(call.x, denoised, call.sigma).chunk(n), strict=True):
             cache.learn(row, part.clone())
         cache.ran(n, 1.0)
         return denoised
