@@ -19,7 +19,7 @@ from pathlib import Path
 from testbed import inprocess
 
 inprocess.start()
-from benchmarks.pictures import SUBJECTS, psnr, sample  # noqa: I001 - the host must be on the path first
+from benchmarks._pictures import SUBJECTS, psnr, sample  # noqa: I001 - the host must be on the path first
 
 from pack.core.attach import attach_step_cache
 from pack.core.presets import preset_settings
@@ -94,10 +94,12 @@ def main() -> None:
     table = parser.parse_args().table
     logging.getLogger().setLevel(logging.ERROR)
     rows = table()
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{table.__name__}.json"
-    path.write_text(json.dumps(rows, indent=2) + "\n")
-    print(f"written to {path}")
+    path, text = RESULTS / f"{table.__name__}.json", json.dumps(rows, indent=2) + "\n"
+    try:
+        path.write_text(text)
+        print(f"written to {path}")
+    except OSError as error:
+        print(f"{text}{path} cannot be written ({error.strerror}); the rows stand above")
 
 
 if __name__ == "__main__":

@@ -60,11 +60,16 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs
     options = guider.model_options
     guider.model_options = comfy.model_patcher.create_model_options_clone(options)
     guider.model_options["transformer_options"][RUN] = run
+    ended = False
     try:
-        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-    finally:
+        result = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        ended = True
+        return result
+    finally:    # an interrupt is a BaseException
         guider.model_options = options
         report = run.close()
+        if not ended:
+            report.add_reason("the run was cut short")
         log.info(report.line())
         attachment.notify(report)
 
@@ -76,8 +81,8 @@ def open_run(settings: Settings, guider, sampler, sigmas) -> tuple[Run | None, R
     network = guider.model_patcher.model.diffusion_model
     family = family_of(network)
     wrappers = {key for kind in options.get("wrappers", {}).values() for key, entries in kind.items() if entries}
-    reason = stand_down(len(sigmas) - 1, wrappers, set(options))
-    if family is None:
+    reason = stand_down(len(sigmas) - 1, wrappers, set(options), type(network).__name__)
+    if family is None and not reason:
         reason = f"{type(network).__name__} is of no known model family ({', '.join(FAMILIES)}); sampling runs as without the node"
     if reason:
         return None, Report(state="off", reason=reason, model=family.name if family else type(network).__name__, sampler=name, steps=len(sigmas) - 1)

@@ -11,4 +11,4 @@ PRESETS = tuple(TOLERANCE)
 def preset_settings(name: str) -> Settings:
     if name not in TOLERANCE:
         raise ValueError(f"unknown preset '{name}'; known: {', '.join(PRESETS)}, custom")
-    return Settings(ErrorControl(TOLERANCE[name]), AutomaticPredictor(), AutomaticLevel())
+    return Settings(ErrorControl(TOLERANCE[name]), AutomaticPredictor(), AutomaticLevel(), preset=name)

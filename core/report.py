@@ -52,8 +52,9 @@ class Report:
 
     def as_dict(self) -> dict:
         record = asdict(self)
+        ran = self.state == "ran"       # a run that was left alone was not counted
         return record | {
-            "evaluations": round(self.evaluations, 4), "baseline_evaluations": len(self.each),
+            "evaluations": round(self.evaluations, 4) if ran else None, "baseline_evaluations": len(self.each) if ran else None,
             "computed_steps": self.computed, "skipped_steps": len(self.each) - self.computed,
         }
 
@@ -70,6 +71,7 @@ class Report:
         checked = [e for e in self.each if e.hindcast_error is not None and e.predicted_error is not None]
         if expected and checked:
             told, found = median(e.predicted_error for e in checked), median(e.hindcast_error for e in checked)
-            text += f" (where it was checked: expected {told:.1%}, measured {found:.1%})"
+            worst = max(e.hindcast_error for e in checked)
+            text += f" (checked at {len(checked)} computed steps: expected {told:.1%}, measured {found:.1%}, at worst {worst:.1%})"
         text += f", {self.seconds:.2f} s"
         return text + (f" ({self.reason})" if self.reason else "")

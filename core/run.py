@@ -27,6 +27,7 @@ class Settings:
     start_percent: float = 0.0
     end_percent: float = 1.0
     max_consecutive_skips: int = 4
+    preset: str = "custom"
 
     def __post_init__(self):
         level = self.level.resolve(self.policy)
@@ -35,9 +36,11 @@ class Settings:
                              "choose level 'block range' or 'automatic'")
 
     def as_dict(self) -> dict:
-        chosen = {kind: {"name": entry.name, **knob_settings(entry)} for kind, entry in
-                  (("policy", self.policy), ("predictor", self.predictor), ("level", self.level))}
-        return chosen | {"start_percent": self.start_percent, "end_percent": self.end_percent, "max_consecutive_skips": self.max_consecutive_skips}
+        entries = (("policy", self.policy), ("predictor", self.predictor), ("level", self.level))
+        return {
+            "preset": self.preset, **{kind: {"name": entry.name, **knob_settings(entry)} for kind, entry in entries},
+            "start_percent": self.start_percent, "end_percent": self.end_percent, "max_consecutive_skips": self.max_consecutive_skips,
+        }
 
 
 class Run:
@@ -50,7 +53,9 @@ class Run:
         candidates = [c for c in settings.predictor.candidates() if steady or c.history <= 2] or [Hold(), DividedDifferences(1)]
         self.report = Report(
             model=family.name, sampler=sampler, steps=self.clock.steps, policy=settings.policy.name, predictor=settings.predictor.name,
-            level=self.level.name, settings=settings.as_dict(), reason="" if steady else f"{sampler} may add noise on the way, so at most one skip in a row")
+            level=self.level.name, settings=settings.as_dict())
+        if not steady:
+            self.report.add_reason(f"{sampler} may add noise or build errors up, so at most one skip in a row")
         governor = Governor(start_sigma, end_sigma, settings.max_consecutive_skips if steady else min(settings.max_consecutive_skips, 1))
         self.cache = StepCache(settings.policy, candidates, governor, self.report)
         self.begun: float | None = None     # when the first evaluation began; models were loaded before

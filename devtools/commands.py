@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .environment import emoji, environment
 from .process import Failure, interrupt_on_endings, run, say
-from .server import ROOT, serving
+from .server import ROOT, serving, usable
 
 
 def demo(arguments: list[str], module: str = "testbed.demo") -> int:
@@ -39,6 +39,7 @@ def serve(arguments: list[str]) -> int:
     parser = ArgumentParser(prog="dev.py serve", description="Leaves ComfyUI up with Reprise and the demo models, until Ctrl-C.")
     parser.add_argument("--port", type=int, help="on 127.0.0.1; a free one is found when it is left out")
     options = parser.parse_args(arguments)
+    usable(options.port)    # before minutes go into a build
     with serving(environment(tests=False), options.port) as server:
         say(f"ComfyUI is at {server.address} until Ctrl-C; its log is {server.log}")
         while True:

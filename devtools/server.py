@@ -68,6 +68,8 @@ def serving(environment: Environment, port: int | None = None):
 
 
 def usable(port: int | None) -> int:
+    if port is not None and not 0 < port < 65536:
+        raise Failure(f"port {port} cannot be used; it must lie between 1 and 65535")
     with socket.socket() as probe:
         if os.name != "nt":  # there it would let two programs share a port
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -21,6 +21,22 @@ def widget(field):
     return kind.Input(field.name, min=told["low"], max=told["high"], step=told["step"], **common)
 
 
+def check_sent(name: str, registry: Registry, sent: dict) -> None:
+    """Raise for an entry or a knob that does not exist in what a prompt sent: {"policy": ..., "policy.tolerance": ...}.
+
+    The host leaves such inputs out of the call without a word, and the defaults would run in their place.
+    """
+    if name not in sent:
+        if stray := [key for key in sent if key.startswith(f"{name}.")]:
+            raise ValueError(f"'{stray[0]}' was sent without '{name}'; send '{name}' too, one of {', '.join(registry)}")
+        return
+    entry = registry[sent[name]] if isinstance(sent[name], str) else registry[str(sent[name])]
+    known = {f"{name}.{field.name}" for field in knobs(entry)}
+    unknown = [key for key in sent if key.startswith(f"{name}.") and key not in known]
+    if unknown:
+        raise ValueError(f"{entry.name} has no setting '{unknown[0].partition('.')[2]}'; it has: {', '.join(f.name for f in knobs(entry)) or 'none'}")
+
+
 def chosen(name: str, registry: Registry, value: dict | None):
     """The entry that `value`, which is what a DynamicCombo hands to execute, names, built with the user's settings.
 

@@ -6,7 +6,7 @@ from ..core.stepcache.levels import LEVELS
 from ..core.stepcache.policies import POLICIES
 from ..core.stepcache.predictors import PREDICTORS
 from ._api import io
-from .choice import choice, chosen
+from .choice import check_sent, choice, chosen
 from .notify import notifier
 
 CUSTOM = "custom"
@@ -43,7 +43,7 @@ class StepCache(io.ComfyNode):
                                      "Used by the preset 'custom'."),
             ],
             outputs=[io.Model.Output(tooltip="The model with the step cache on it.")],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
@@ -52,6 +52,9 @@ class StepCache(io.ComfyNode):
         if not enabled:
             return io.NodeOutput(model)
         if preset == CUSTOM:
+            sent = sent_inputs(cls.hidden)
+            for name, registry in (("policy", POLICIES), ("predictor", PREDICTORS), ("level", LEVELS)):
+                check_sent(name, registry, sent)
             if start_percent > end_percent:
                 raise ValueError(f"start_percent is {start_percent} and end_percent {end_percent}; the start must not lie behind the end")
             settings = Settings(
@@ -60,6 +63,12 @@ class StepCache(io.ComfyNode):
         else:
             settings = preset_settings(preset)
         return io.NodeOutput(attach_step_cache(model, settings, notifier(getattr(cls.hidden, "unique_id", None))))
+
+
+def sent_inputs(hidden) -> dict:
+    """The inputs of this node as the prompt has them; empty in a script and inside an expanded subgraph."""
+    prompt, node_id = getattr(hidden, "prompt", None) or {}, getattr(hidden, "unique_id", None)
+    return prompt.get(node_id, {}).get("inputs", {})
 
 
 NODES = [StepCache]

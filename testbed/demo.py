@@ -16,7 +16,7 @@ from PIL import Image
 
 from .client import Outcome, Server, ServerError
 from .picture import captioned, column, difference, enlarged, framed, psnr, row
-from .workflow import OURS, WorkflowError, convert, nodes_of, read, substitute, without_reprise
+from .workflow import OURS, WorkflowError, nodes_of, read_workflow, without_reprise
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = 384  # pixels that a picture on a sheet has at least
@@ -41,10 +41,16 @@ def demo(server: Server, folder: Path, out: Path, only: str, thumbnails: bool):
     if not files:
         raise WorkflowError(f"no workflow in {folder}" + (f" has '{only}' in its name" if only else ""))
     out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").unlink(missing_ok=True)   # neither an older run nor a folder that cannot be written to shall be noticed late
+    (out / "report.json").touch()
     machine, object_info = describe(server), server.get("/object_info")
-    rows, sheets = [], []
+    rows, sheets, faults = [], [], []
     for file in files:
-        measured, without, cached = compare(server, file, object_info)
+        try:
+            measured, without, cached = compare(server, file, object_info)
+        except WorkflowError as error:      # the other files still run
+            faults.append(str(error))
+            continue
         rows.append({**measured, **machine})
         sheets.append(strip(measured, without, cached))
         without.save(out / f"{file.stem} - without.png")
@@ -52,10 +58,13 @@ def demo(server: Server, folder: Path, out: Path, only: str, thumbnails: bool):
         framed(sheets[-1]).save(out / f"{file.stem} - side by side.png")
         if thumbnails:
             enlarged(cached, SHOWN).save(file.with_suffix(".jpg"), quality=90)
-    framed(column(sheets)).save(out / "contact-sheet.png")
     (out / "report.json").write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print_table(rows)
-    print(f"pictures, contact-sheet.png and report.json are in {out}")
+    if rows:
+        framed(column(sheets)).save(out / "contact-sheet.png")
+        print_table(rows)
+        print(f"pictures, contact-sheet.png and report.json are in {out}")
+    if faults:
+        raise WorkflowError("; ".join(faults))
 
 
 def describe(server: Server) -> dict:
@@ -66,16 +75,17 @@ def describe(server: Server) -> dict:
 
 def compare(server: Server, file: Path, object_info: dict) -> tuple[dict, Image.Image, Image.Image]:
     """Runs one workflow both ways; returns its row of the report and the pictures without and with Reprise."""
-    prompt = substitute(convert(read(file), object_info))
+    prompt = read_workflow(file, object_info)
     print(f"{file.stem}: without Reprise", flush=True)
     without = timed(server, without_reprise(prompt))
     print(f"{file.stem}: with Reprise", flush=True)
     cached = timed(server, prompt)
     if len(cached.reports) != 1:
-        raise ServerError(f"'{file.stem}' has {len(nodes_of(prompt, OURS))} node(s) of Reprise but sent {len(cached.reports)} reports instead of one")
+        raise WorkflowError(f"'{file.name}' has {len(nodes_of(prompt, OURS))} node(s) of Reprise and sent {len(cached.reports)} reports; "
+                            "the demo wants one sampling run with Step Cache enabled and not bypassed")
     report = cached.reports[0]
     if report["state"] != "ran":
-        raise ServerError(f"Reprise stayed off in '{file.stem}': {report['reason']}")
+        raise WorkflowError(f"Reprise stayed off in '{file.name}': {report['reason']}")
     quality = psnr(without.images[0], cached.images[0])
     return {
         "workflow": file.stem,
@@ -110,7 +120,7 @@ def strip(measured: dict, without: Image.Image, cached: Image.Image) -> Image.Im
                   f"{measured['steps']} steps, {measured['baseline_evaluations']:g} evaluations, {measured['baseline_seconds']:.2f} s"),
         captioned(enlarged(cached, SHOWN), f"with Reprise: {quality}\n"
                   f"{measured['steps']} steps, {measured['evaluations']:.2f} evaluations, {measured['seconds']:.2f} s"),
-        captioned(enlarged(difference(without, cached), SHOWN), "difference x 8\n" + measured["model"]),
+        captioned(enlarged(difference(without, cached), SHOWN), "difference x 32\n" + measured["model"]),
     ])
 
 

@@ -15,7 +15,7 @@ def psnr(a: Image.Image, b: Image.Image) -> float | None:
     return 10 * math.log10(255 ** 2 / error) if error else None
 
 
-def difference(a: Image.Image, b: Image.Image, gain: int = 8) -> Image.Image:
+def difference(a: Image.Image, b: Image.Image, gain: int = 32) -> Image.Image:
     return ImageChops.difference(a, b).point(lambda value: min(255, value * gain))
 
 

@@ -7,11 +7,19 @@ import copy
 import json
 from pathlib import Path
 
-from comfy_cli.workflow_to_api import convert_ui_to_api
+from comfy_cli.workflow_to_api import WorkflowConversionError, convert_ui_to_api
 
 
 def read(file: Path) -> dict:
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def read_workflow(file: Path, object_info: dict) -> dict:
+    """The prompt over the tiny models of a workflow file; whatever is wrong with the file is one sentence that names it."""
+    try:
+        return substitute(convert(read(file), object_info))
+    except (ValueError, WorkflowConversionError) as error:      # bytes that are no text, text that is no JSON, JSON that is no workflow
+        raise WorkflowError(f"'{file.name}' cannot be used: {error}") from error
 
 
 SUBSTITUTIONS = read(Path(__file__).with_name("substitutions.json"))

@@ -5,17 +5,18 @@ from ..step import Step
 
 FEWEST_STEPS = 9
 
-# The host's sampler functions, less their "sample_", that add no noise on the way. Any other gets short skips and low orders.
+# The host's sampler functions, less their "sample_", that add no noise on the way and forgive an error. Any other
+# gets short skips and low orders, the multistep CFG++ samplers among them, which build every error up.
 DETERMINISTIC = frozenset({
     "euler", "heun", "heunpp2", "exp_heun_2_x0", "dpm_2", "lms", "dpmpp_2m", "ipndm", "ipndm_v", "deis", "res_multistep", "gradient_estimation",
-    "gradient_estimation_cfg_pp",
-    "unipc", "unipc_bh2", "euler_cfg_pp", "dpmpp_2m_cfg_pp", "res_multistep_cfg_pp", "ddim",
+    "unipc", "unipc_bh2", "euler_cfg_pp", "ddim",
 })
 
 # Step skippers that would act on the same model, by the keys of their wrappers, then by what they leave in
 # transformer_options. LazyCache leaves the key of EasyCache there, so wrappers are asked first.
 SKIPPER_WRAPPERS = {"lazycache": "LazyCache", "easycache": "EasyCache"}
 SKIPPER_OPTIONS = {"easycache": "EasyCache", "rel_l1_thresh": "TeaCache", "magcache_thresh": "MagCache"}
+SKIPPER_MODELS = {"ComfyFluxWrapper": "nunchaku's loader, which has a step cache of its own (cache_threshold),"}
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,12 @@ class Governor:
         return ""
 
 
-def stand_down(steps: int, wrapper_keys: set[str], option_keys: set[str]) -> str:
-    """Why the step cache must not act on this run; empty when it may."""
+def stand_down(steps: int, wrapper_keys: set[str], option_keys: set[str], model: str = "") -> str:
+    """Why the step cache must not act on this run; empty when it may. `model` is the diffusion model's class."""
     if steps < FEWEST_STEPS:
-        return f"the run has {steps} steps, and below {FEWEST_STEPS} a skip costs more than a step less; set fewer steps instead"
+        return f"the run has {steps} step{'s' * (steps != 1)}, and below {FEWEST_STEPS} a skipped one costs the picture more than it saves"
+    if model in SKIPPER_MODELS:
+        return f"the model comes from {SKIPPER_MODELS[model]} and Reprise leaves it alone"
     others = [name for key, name in SKIPPER_WRAPPERS.items() if key in wrapper_keys]
     others += [name for key, name in SKIPPER_OPTIONS.items() if key in option_keys]
     return f"{others[0]} is on the same model, and two step caches multiply their errors; remove one of them" if others else ""

@@ -13,10 +13,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def bench():
-    """benchmarks.pictures, with the host behind it."""
+    """benchmarks/_pictures.py, with the host behind it."""
     from testbed import inprocess
 
     inprocess.start(threads=1)
-    from benchmarks import pictures
+    from benchmarks import _pictures
 
-    return pictures
+    return _pictures

@@ -43,7 +43,7 @@ def test_a_model_of_no_known_family_runs_as_without_the_node(name, level):
 def test_a_run_of_few_steps_is_left_alone(name, steps, level):
     latent, report = run(model(name), name, steps=steps, cached={"level": level, "policy_knobs": {"warm_up": 1}})
     assert torch.equal(latent, sample(model(name), name, steps=steps))
-    assert report.state == "off" and report.steps == steps and f"{steps} steps" in report.reason
+    assert report.state == "off" and report.steps == steps and f"{steps} step" in report.reason
     assert report.as_dict()["computed_steps"] == 0 and report.evaluations == 0
 
 

@@ -1,13 +1,28 @@
 """The demo, as `python3 dev.py demo` runs it."""
 import json
+import shutil
 
+import pytest
 from PIL import Image
 
 from devtools.server import ROOT
 from testbed.demo import demo
+from testbed.workflow import WorkflowError
 
 ROW = ("workflow", "model", "steps", "evaluations", "baseline_evaluations", "computed_steps", "skipped_steps", "seconds", "baseline_seconds",
        "psnr_db", "identical", "settings", "reprise_version", "host_version", "device")
+
+
+@pytest.mark.parametrize("content", [b"{ broken", b"", b"[]", b"{}", b"\xff\xfe"])
+def test_a_broken_workflow_is_named_and_the_others_still_run(server, tmp_path, content):
+    folder = tmp_path / "workflows"
+    folder.mkdir()
+    [good, *_] = sorted((ROOT / "workflows").glob("*.json"))
+    shutil.copy(good, folder)
+    (folder / "A broken.json").write_bytes(content)
+    with pytest.raises(WorkflowError, match="'A broken.json' cannot be used: "):
+        demo(server, folder, tmp_path / "out", "", thumbnails=False)
+    assert [row["workflow"] for row in json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))] == [good.stem]
 
 
 def test_the_demo_writes_pictures_a_contact_sheet_and_one_row_for_each_workflow(server, tmp_path):

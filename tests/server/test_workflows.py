@@ -1,9 +1,10 @@
 """The shipped workflows on a real server: they run, they say what was skipped, and off means off."""
+import re
 from copy import deepcopy
 
 import pytest
 
-from testbed.client import Outcome
+from testbed.client import Outcome, ServerError
 from testbed.workflow import nodes_of, without_reprise
 
 
@@ -68,3 +69,15 @@ def defaults(inputs: dict, prefix: str = "") -> dict:
         elif "default" in facts:
             found[prefix + name] = facts["default"]
     return found
+
+
+@pytest.mark.parametrize(("inputs", "sentence"), [
+    ({"policy": "zzz"}, "unknown policy 'zzz'; known: error control"),
+    ({"level": 5}, "unknown level '5'"),
+    ({"policy": "interval", "policy.frob": 3}, "interval has no setting 'frob'; it has: interval, warm_up"),
+    ({"policy": "error control", "policy.interval": 3}, "error control has no setting 'interval'"),
+    ({"policy.tolerance": 0.5}, "'policy.tolerance' was sent without 'policy'"),
+])
+def test_a_name_that_does_not_exist_is_an_error_and_not_the_default(server, prompt, inputs, sentence):
+    with pytest.raises(ServerError, match=re.escape(sentence)):
+        server.run(with_step_cache(prompt, preset="custom", **inputs))

@@ -75,6 +75,7 @@ def test_the_governor_says_why_a_step_may_not_be_skipped(at, computed, skips, wh
 
 def test_reasons_to_stand_down():
     assert stand_down(FEWEST_STEPS, {"reprise.step_cache", "someone"}, {"patches"}) == ""
-    assert "8 steps" in stand_down(FEWEST_STEPS - 1, set(), set())
+    assert "8 step" in stand_down(FEWEST_STEPS - 1, set(), set())
+    assert "nunchaku" in stand_down(20, set(), set(), "ComfyFluxWrapper")
     assert "EasyCache" in stand_down(20, {"easycache"}, set()) and "LazyCache" in stand_down(20, {"lazycache"}, set())
     assert "TeaCache" in stand_down(20, set(), {"rel_l1_thresh"})

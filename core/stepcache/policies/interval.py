@@ -13,7 +13,7 @@ from ...knob import knob
 class Interval:
     name = "interval"
     needs_forward = False
-    interval: int = knob(2, "Every N-th step is computed. TaylorSeer uses 3 to 7 at 50 steps; at 20 steps 2 or 3.", 1, 20, 1)
+    interval: int = knob(2, "Every N-th step is computed: N - 1 skips in a row, if max_consecutive_skips allows it. At 20 steps 2 or 3.", 1, 20, 1)
     warm_up: int = knob(3, "So many first steps are always computed.", 1, 50, 1)
 
     def skip(self, view) -> bool:
