@@ -41,6 +41,7 @@ def measure(subject, preset: str, cfg: float) -> dict:
     return {
         "model": subject.name, "evaluations": round(statistics.mean(r.evaluations for r in reports), 3), "baseline_evaluations": STEPS,
         "psnr_db": round(statistics.mean(with_cache), 2), "plain_psnr_db_at_same_evaluations": round(statistics.mean(plain), 2),
+        "median_psnr_db": round(statistics.median(with_cache), 2), "plain_median_psnr_db": round(statistics.median(plain), 2),
         "worst_psnr_db": round(min(with_cache), 2), "preset": preset, "steps": STEPS, "cfg": cfg, "sampler": SAMPLER, "pictures": len(with_cache),
     }
 
