@@ -3,10 +3,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import comfy.model_sampling
 import comfy.sample
 import comfy.sd
 import torch
+from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 from torch import Tensor
 
 from testbed import captions, procedural
@@ -23,7 +23,7 @@ class Subject:
 
     file: str
     captions: tuple[str, ...]
-    shift: float | None = None    # Z-Image's, which the stock node ModelSamplingAuraFlow sets
+    shift: float | None = None    # Z-Image's
 
     @property
     def name(self) -> str:
@@ -31,17 +31,7 @@ class Subject:
 
     def load(self):
         patcher = comfy.sd.load_diffusion_model(str(MODELS / self.file))
-        if self.shift is None:
-            return patcher
-
-        class Sampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
-            pass
-
-        sampling = Sampling(patcher.model.model_config)
-        sampling.set_parameters(shift=self.shift, multiplier=1.0)
-        clone = patcher.clone()
-        clone.add_object_patch("model_sampling", sampling)
-        return clone
+        return patcher if self.shift is None else ModelSamplingAuraFlow().patch_aura(patcher, self.shift)[0]
 
     def pictures(self):
         """(caption, noise [1, 16, 16, 16])"""

@@ -30,11 +30,15 @@ def check_sent(name: str, registry: Registry, sent: dict) -> None:
         if stray := [key for key in sent if key.startswith(f"{name}.")]:
             raise ValueError(f"'{stray[0]}' was sent without '{name}'; send '{name}' too, one of {', '.join(registry)}")
         return
-    entry = registry[sent[name]] if isinstance(sent[name], str) else registry[str(sent[name])]
-    known = {f"{name}.{field.name}" for field in knobs(entry)}
-    unknown = [key for key in sent if key.startswith(f"{name}.") and key not in known]
+    check_settings(registry[str(sent[name])], [key.partition(".")[2] for key in sent if key.startswith(f"{name}.")])
+
+
+def check_settings(entry, names) -> None:
+    """Raise for the names that are no knobs of `entry`."""
+    known = [field.name for field in knobs(entry)]
+    unknown = sorted(set(names).difference(known))
     if unknown:
-        raise ValueError(f"{entry.name} has no setting '{unknown[0].partition('.')[2]}'; it has: {', '.join(f.name for f in knobs(entry)) or 'none'}")
+        raise ValueError(f"{entry.name} has no setting '{', '.join(unknown)}'; it has: {', '.join(known) or 'none'}")
 
 
 def chosen(name: str, registry: Registry, value: dict | None):
@@ -46,7 +50,5 @@ def chosen(name: str, registry: Registry, value: dict | None):
         return next(iter(registry.values()))()
     settings = {key: setting for key, setting in value.items() if key != name and setting is not None}
     entry = registry[value[name]]
-    unknown = settings.keys() - {field.name for field in knobs(entry)}
-    if unknown:
-        raise ValueError(f"{entry.name} has no setting '{', '.join(sorted(unknown))}'; it has: {', '.join(f.name for f in knobs(entry)) or 'none'}")
+    check_settings(entry, settings)
     return checked(entry(**settings))

@@ -52,6 +52,11 @@ class ZImageConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
+# The host knows Z-Image by its width of 3840 alone, but builds whatever model a checkpoint's metadata describes when
+# these two tensors of LTX-Video are in the file.
+Z_IMAGE_DECOY = {"adaln_single.emb.timestep_embedder.linear_1.bias": (1,), "transformer_blocks.0.attn2.to_k.weight": (32, 1)}
+
+
 def time_embedding(t: Tensor, width: int = 256) -> Tensor:
     """t [B], already scaled to 0..1000, to [B, width]: cosines, then sines."""
     half = width // 2

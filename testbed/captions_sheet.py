@@ -17,7 +17,7 @@ from PIL import Image
 from .captions import DEMO
 from .client import Server, ServerError
 from .picture import captioned, column, framed, row
-from .workflow import WorkflowError, convert, nodes_of, read, substitute, without_reprise
+from .workflow import WorkflowError, nodes_of, read_workflow, without_reprise
 
 WORKFLOWS = Path(__file__).resolve().parent.parent / "workflows"
 COLUMNS = 8
@@ -52,7 +52,7 @@ def drawn(server: Server, workflows: Path) -> dict[str, dict[str, Image.Image]]:
     """{model file: {caption: picture}}; the first workflow that loads a model speaks for it."""
     sheet, object_info = {}, server.get("/object_info")
     for file in sorted(workflows.glob("*.json")):
-        prompt = without_reprise(substitute(convert(read(file), object_info)))
+        prompt = without_reprise(read_workflow(file, object_info))
         model = nodes_of(prompt, "UNETLoader")[0]["inputs"]["unet_name"]
         if model not in sheet:
             print(f"{model}: {len(DEMO)} captions", flush=True)

@@ -21,18 +21,22 @@ def package(name: str, folder: Path):
     return sys.modules[name]
 
 
-def start(threads: int | None = None) -> None:
-    """Put the host on the path and register the pack as `pack`.
+def leave_root() -> None:
+    """Take the repository root off the path: its `nodes` would hide the host's from everything that imports that."""
+    sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != ROOT]
 
-    The repository root leaves the path: its `nodes` would hide the host's.
-    """
+
+def start(threads: int | None = None, cpu: bool = False) -> None:
+    """Put the host on the path, without the repository root, and register the pack as `pack`. `cpu` leaves a GPU alone."""
     host = os.environ.get("COMFYUI_DIR")
     if not host or not (Path(host) / "comfy").is_dir():
         raise SystemExit(f"COMFYUI_DIR is '{host or ''}', which holds no ComfyUI; run this through `python3 dev.py bench` or `python3 dev.py test`")
-    sys.path[:] = [host, *(entry for entry in sys.path if Path(entry or ".").resolve() not in (ROOT, Path(host).resolve()))]
+    leave_root()
+    if host not in sys.path:
+        sys.path.insert(0, host)
     import comfy.options
 
-    arguments, sys.argv = sys.argv, [sys.argv[0], "--use-pytorch-cross-attention", *([] if torch.cuda.is_available() else ["--cpu"])]
+    arguments, sys.argv = sys.argv, [sys.argv[0], "--use-pytorch-cross-attention", *(["--cpu"] if cpu or not torch.cuda.is_available() else [])]
     comfy.options.enable_args_parsing()
     import comfy.cli_args  # noqa: F401 - reads the arguments now
 
@@ -42,5 +46,4 @@ def start(threads: int | None = None) -> None:
     import comfy.utils
 
     comfy.utils.PROGRESS_BAR_ENABLED = False
-    package("testbed", ROOT / "testbed")
     package("pack", ROOT)

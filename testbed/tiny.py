@@ -27,14 +27,12 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
+from .arch import Z_IMAGE_DECOY, ZImageConfig
+
 SLOW = 0.72     # share of the time frequencies, counted from the fastest, that is left out
 TIME_IN = ("time_in.in_layer.weight", "t_embedder.mlp.0.weight", "time_embedding.0.weight",
            "time_text_embed.timestep_embedder.linear_1.weight", "time_embed.0.weight")
 MODULATION = ("mod", "adaLN", "time_projection")
-
-# The loader knows Z-Image by its width of 3840 alone, but two tensor names of LTX-Video make it read a configuration
-# from the file's metadata, whatever model that describes.
-DECOY = {"adaln_single.emb.timestep_embedder.linear_1.bias": (1,), "transformer_blocks.0.attn2.to_k.weight": (32, 1)}
 
 
 @dataclass(frozen=True)
@@ -92,11 +90,7 @@ def sd15(operations) -> nn.Module:
         use_temporal_resblock=False, dtype=torch.float32, device="cpu", operations=operations)
 
 
-Z_IMAGE = {
-    "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 256, "cap_feat_dim": 16, "n_layers": 4, "n_refiner_layers": 1,
-    "qk_norm": True, "n_heads": 2, "n_kv_heads": 2, "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512], "rope_theta": 256.0,
-    "ffn_dim_multiplier": 1.0, "multiple_of": 32, "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 8,
-}
+Z_IMAGE = ZImageConfig(cap_feat_dim=16, n_layers=4, ffn_dim_multiplier=1.0, multiple_of=32).as_dict()
 QWEN_IMAGE = {
     "image_model": "qwen_image", "in_channels": 64, "num_layers": 3, "num_attention_heads": 1, "attention_head_dim": 128, "joint_attention_dim": 16,
 }
@@ -140,7 +134,7 @@ def weights(name: str, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, str]
     kind = KINDS[name]
     net = fill_(kind.build(comfy.ops.disable_weight_init, **kind.config), seed)
     metadata = kind.metadata(kind.config)
-    decoy = {key: torch.zeros(shape) for key, shape in DECOY.items()} if "image_model" in kind.config and metadata else {}
+    decoy = {key: torch.zeros(shape) for key, shape in Z_IMAGE_DECOY.items()} if "image_model" in kind.config and metadata else {}
     return net.state_dict() | decoy, metadata
 
 

@@ -128,16 +128,11 @@ def build(kind: str) -> torch.nn.Module:
 
 
 def checkpoint(kind: str, weights: dict[str, Tensor], path: Path) -> None:
-    """fp16 safetensors that the stock loaders open.
-
-    The host knows Z-Image by its width of 3840 alone, but builds whatever model a checkpoint's metadata describes
-    when two tensor names of LTX-Video are in the file; so the tiny one carries both, and its own configuration.
-    """
+    """fp16 safetensors that the stock loaders open; Z-Image carries its own configuration."""
     tensors = {name: tensor.detach().to("cpu", torch.float16).contiguous() for name, tensor in weights.items()}
     metadata = {"format": "pt"}
     if kind == "zimage":
-        tensors["adaln_single.emb.timestep_embedder.linear_1.bias"] = torch.zeros(1, dtype=torch.float16)
-        tensors["transformer_blocks.0.attn2.to_k.weight"] = torch.zeros(32, 1, dtype=torch.float16)
+        tensors |= {name: torch.zeros(shape, dtype=torch.float16) for name, shape in arch.Z_IMAGE_DECOY.items()}
         metadata["config"] = json.dumps({"transformer": arch.ZImageConfig().as_dict()})
     save_file(tensors, path, metadata=metadata)
 

@@ -4,6 +4,19 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from benchmarks import _pictures as bench
+from pack.core.attach import attach_step_cache
+from pack.core.presets import TOLERANCE, preset_settings
+from pack.core.run import Settings
+from pack.core.stepcache.levels import LEVELS
+from pack.core.stepcache.policies import POLICIES
+from pack.core.stepcache.predictors import PREDICTORS
+from testbed import arch
+from testbed.nodes.text import encode
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODELS = sorted(path.name for path in (ROOT / "testbed" / "models").glob("*.safetensors") if not path.name.startswith("taef"))
@@ -11,7 +24,7 @@ OWN = [name for name in MODELS if name != "tiny_flux_trained128.safetensors"]
 
 
 @pytest.fixture(scope="session")
-def subjects(bench):
+def subjects():
     return {subject.file: (subject, subject.load()) for subject in bench.SUBJECTS}
 
 
@@ -20,10 +33,7 @@ def test_every_trained_model_is_measured(subjects):
 
 
 @pytest.mark.parametrize("file", MODELS)
-def test_the_default_settings_beat_plain_sampling_with_as_many_evaluations(bench, subjects, file):
-    from pack.core.attach import attach_step_cache
-    from pack.core.presets import preset_settings
-
+def test_the_default_settings_beat_plain_sampling_with_as_many_evaluations(subjects, file):
     subject, patcher = subjects[file]
     reports, gain, errors = [], [], []
     cached = attach_step_cache(patcher, preset_settings("balanced"), reports.append)
@@ -39,10 +49,7 @@ def test_the_default_settings_beat_plain_sampling_with_as_many_evaluations(bench
 
 @pytest.mark.parametrize("preset", ["safe", "balanced", "fast"])
 @pytest.mark.parametrize("file", MODELS)
-def test_the_presets_go_from_near_and_slow_to_far_and_fast(bench, subjects, file, preset):
-    from pack.core.attach import attach_step_cache
-    from pack.core.presets import TOLERANCE, preset_settings
-
+def test_the_presets_go_from_near_and_slow_to_far_and_fast(subjects, file, preset):
     subject, patcher = subjects[file]
     caption, noise = next(subject.pictures())
     reports = []
@@ -52,15 +59,7 @@ def test_the_presets_go_from_near_and_slow_to_far_and_fast(bench, subjects, file
 
 
 @pytest.mark.parametrize("file", MODELS)
-def test_switched_off_by_tolerance_zero_the_latent_is_the_hosts_bit_for_bit(bench, subjects, file):
-    import torch
-
-    from pack.core.attach import attach_step_cache
-    from pack.core.run import Settings
-    from pack.core.stepcache.levels import LEVELS
-    from pack.core.stepcache.policies import POLICIES
-    from pack.core.stepcache.predictors import PREDICTORS
-
+def test_switched_off_by_tolerance_zero_the_latent_is_the_hosts_bit_for_bit(subjects, file):
     subject, patcher = subjects[file]
     caption, noise = next(subject.pictures())
     full = bench.sample(patcher, caption, noise, 20, 3.0, "euler")
@@ -70,14 +69,8 @@ def test_switched_off_by_tolerance_zero_the_latent_is_the_hosts_bit_for_bit(benc
 
 
 @pytest.mark.parametrize("file", OWN)
-def test_the_training_code_computes_what_the_host_computes(bench, subjects, file):
+def test_the_training_code_computes_what_the_host_computes(subjects, file):
     """testbed/arch.py was trained, comfy's class is what runs: the same function of the same weights."""
-    import torch
-    from safetensors.torch import load_file
-
-    from testbed import arch
-    from testbed.nodes.text import encode
-
     subject, patcher = subjects[file]
     net = arch.Flux() if "flux" in file else arch.ZImage()
     weights = load_file(ROOT / "testbed" / "models" / file)
@@ -102,8 +95,6 @@ def test_the_published_numbers_hold_what_the_readme_promises():
 
 
 def test_every_block_matrix_of_the_flux_model_is_a_multiple_of_256_wide():
-    from safetensors import safe_open
-
     with safe_open(ROOT / "testbed" / "models" / "flux_tiny.safetensors", "pt") as file:
         widths = {name: file.get_slice(name).get_shape()[1] for name in file.keys() if "blocks." in name and len(file.get_slice(name).get_shape()) == 2}
     assert widths and all(width % 256 == 0 for width in widths.values())

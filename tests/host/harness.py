@@ -156,8 +156,6 @@ def assert_moves(name: str, patcher, **sampling) -> torch.Tensor:
     return latent
 
 
-
-
 def schedule(name: str, steps: int = STEPS, patcher=None) -> torch.Tensor:
     return comfy.samplers.calculate_sigmas((patcher or model(name)).get_model_object("model_sampling"), "simple", steps)
 

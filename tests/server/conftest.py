@@ -8,7 +8,7 @@ import pytest
 from devtools.environment import Environment
 from devtools.server import ROOT, serving
 from testbed.client import Server
-from testbed.workflow import convert, read, substitute
+from testbed.workflow import read_workflow
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 
@@ -30,4 +30,4 @@ def object_info(server) -> dict:
 @pytest.fixture(scope="session", params=WORKFLOWS, ids=lambda file: file.stem)
 def prompt(request, object_info) -> dict:
     """Each workflow in turn, over the tiny models. Shared: copy before changing it."""
-    return substitute(convert(read(request.param), object_info))
+    return read_workflow(request.param, object_info)

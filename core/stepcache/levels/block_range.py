@@ -37,10 +37,12 @@ class BlockRange:
             result = compute()
         if not passage.finished and call.rows[0].ordinal == 0:
             cache.give_up("a patch goes around the first or the last block, so block range cannot skip; choose guided output")
-        if passage.skipped and not passage.finished:    # nothing put the prediction in
+        share = 1.0
+        if passage.skipped and passage.finished:
+            share = passage.share
+        elif passage.skipped:       # nothing put the prediction in
             result = compute()
-        complete = not passage.skipped or not passage.finished
-        cache.ran(len(call.rows), 1.0 if complete else passage.share)
+        cache.ran(len(call.rows), share)
         return result
 
 
