@@ -8,8 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pack.core.families import FAMILIES
+from pack.core.run import Run, Settings
 from pack.core.step import Clock
 from pack.core.stepcache.hindcast import dot_products
+from pack.core.stepcache.levels import LEVELS
+from pack.core.stepcache.policies import POLICIES
 from pack.core.stepcache.predictors import PREDICTORS
 from pack.core.stepcache.predictors.adams_bashforth import AdamsBashforth
 from pack.core.stepcache.predictors.base import weighed
@@ -24,7 +28,8 @@ from pack.core.store import Snapshot
 CANDIDATES = [candidate for predictor in PREDICTORS.values() for candidate in predictor().candidates()]
 CANDIDATES += [DividedDifferences(order, coordinate) for order in (1, 2, 3) for coordinate in COORDINATES]
 CANDIDATES += [Taylor(order) for order in (1, 2, 3, 4)] + [AdamsBashforth(order) for order in (2, 3, 4)]
-DRAWN_TO_ZERO = (ChebyshevRidge,)       # a ridge does not give a constant back whole
+DRAWN_TO_ZERO = ChebyshevRidge(drawn_to="zero")     # does not give a constant back whole
+CANDIDATES.append(DRAWN_TO_ZERO)
 EVEN = Clock([1 - n / 24 for n in range(25)], flow=True)
 STEPS = [EVEN.tick(1 - n / 24) for n in range(24)]
 
@@ -77,7 +82,7 @@ def test_weights_are_one_per_snapshot_however_many_there_are(candidate, case):
         assert len(used) == len(weights) == n and all(map(math.isfinite, weights))
 
 
-@pytest.mark.parametrize("candidate", [c for c in CANDIDATES if not isinstance(c, DRAWN_TO_ZERO)], ids=str)
+@pytest.mark.parametrize("candidate", [c for c in CANDIDATES if c != DRAWN_TO_ZERO], ids=str)
 @given(pasts(longest=8))
 @settings(max_examples=15)
 def test_what_is_constant_stays(candidate, case):
@@ -149,6 +154,14 @@ def test_every_predictor_is_immutable_without_state_and_has_candidates(predictor
 def test_what_competes_by_default_is_hold_and_divided_differences_of_order_one_and_two():
     assert next(iter(PREDICTORS)) == "automatic"
     assert PREDICTORS["automatic"]().candidates() == (Hold(), DividedDifferences(1), DividedDifferences(2))
+
+
+@pytest.mark.parametrize("predictor", PREDICTORS.values(), ids=PREDICTORS)
+def test_a_sampler_that_adds_noise_gets_no_more_than_a_line(predictor):
+    settings_ = Settings(POLICIES["interval"](), predictor(), LEVELS["model output"]())
+    run = lambda sampler: Run(settings_, next(iter(FAMILIES.values())), [1 - n / 24 for n in range(25)], True, sampler, 2.0, 0.0).cache
+    assert run("euler").hindcast.candidates == predictor().candidates() and run("euler_ancestral").store.depth <= 2
+    assert run("euler").store.depth == max(candidate.depth for candidate in predictor().candidates())
 
 
 # polynomials ----------------------------------------------------------------------------------------------------------
@@ -252,14 +265,18 @@ def test_the_basis_is_the_cosines_of_multiples(degree):
 def test_chebyshev_is_the_direct_ridge_solution_on_tensors(case, seed, n, ridge):
     past, at = case
     known = snapshots(past[-n:], random_path(seed))
-    basis = chebyshev([s.step.place for s in known], at.steps, 4)
+    basis, now = chebyshev([s.step.place for s in known], at.steps, 4), chebyshev([at.place], at.steps, 4)
     values = torch.stack([s.value.double() for s in known])
-    stacked = torch.cat([basis, math.sqrt(ridge) * torch.eye(5, dtype=torch.float64)])      # ridge as least squares with five rows more
-    coefficients = torch.linalg.lstsq(stacked, torch.cat([values, torch.zeros(5, values.shape[1], dtype=torch.float64)])).solution
-    fitted = (chebyshev([at.place], at.steps, 4) @ coefficients)[0]
-    assert torch.allclose(predicted(ChebyshevRidge(blend=1.0, ridge=ridge), known, at), fitted, atol=1e-5)
     line = predicted(DividedDifferences(1), known, at)
-    assert torch.allclose(predicted(ChebyshevRidge(blend=0.7, ridge=ridge), known, at), 0.7 * fitted + 0.3 * line, atol=1e-5)
+
+    def fitted(departures):     # ridge as least squares with five rows more
+        stacked = torch.cat([basis, math.sqrt(ridge) * torch.eye(5, dtype=torch.float64)])
+        return (now @ torch.linalg.lstsq(stacked, torch.cat([departures, torch.zeros(5, values.shape[1], dtype=torch.float64)])).solution)[0]
+
+    for drawn_to, wanted in (("zero", fitted(values)), ("newest", values[-1] + fitted(values - values[-1]))):
+        for blend in (1.0, 0.7):
+            got = predicted(ChebyshevRidge(blend, ridge, drawn_to=drawn_to), known, at)
+            assert torch.allclose(got, blend * wanted + (1 - blend) * line, atol=1e-5)
 
 
 # dynamic modes --------------------------------------------------------------------------------------------------------

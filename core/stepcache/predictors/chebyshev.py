@@ -3,9 +3,10 @@
     tau = 2 n / N - 1,      Phi[k] = T_0 .. T_M (tau_k),      phi = T_0 .. T_M (tau)
     out = (1 - w) line + w phi^T C,      C = (Phi^T Phi + lambda I)^-1 Phi^T H      so      w_k = phi^T (Phi^T Phi + lambda I)^-1 Phi^T
 
-Spectrum, arXiv 2603.01623: M = 4, lambda = 0.1, w 0.5 to 0.8 (its other half is Newton's, of first order here), over the whole
-history; here over the last 8. The ridge draws every coefficient towards 0, the constant one too, so the weights do not
-sum to 1 exactly and a constant comes back a little smaller. It follows the run's course and not its last change.
+Spectrum, arXiv 2603.01623: M = 4, lambda = 0.1, w 0.5 to 0.8 (the rest is Newton's, of first order here), over the whole
+history; here over the last 8. Spectrum's ridge draws every coefficient towards 0, the constant one too, and a prediction
+comes out too small. By default it is the departures H_k - H_0 that are fitted, which gives H_0 the weight that is left
+of 1: tiny_flux_trained128, 28 steps, every third computed, 38.8 dB becomes 44.4.
 """
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ class ChebyshevRidge(Predictor):
     blend: float = knob(0.5, "Share of the fitted curve; the rest continues the last change as a line. Spectrum has 0.5 to 0.8.", 0.0, 1.0, 0.05)
     ridge: float = knob(0.1, "How strongly the curve is drawn towards 0, which steadies it. Spectrum has 0.1.", 0.001, 10.0, 0.001)
     degree: int = knob(4, "Highest polynomial of the curve. Spectrum has 4.", 1, 6, 1)
+    drawn_to: str = knob("newest", "What the ridge draws the curve to: the newest snapshot, or zero as in Spectrum.", choices=("newest", "zero"))
     history = 3
     depth = 8
 
@@ -41,6 +43,8 @@ class ChebyshevRidge(Predictor):
         known = torch.stack(known)
         penalty = self.ridge * torch.eye(known.shape[1], dtype=torch.float64)
         fitted = known @ torch.linalg.solve(known.T @ known + penalty, now)
+        if self.drawn_to == "newest":
+            fitted[-1] += 1 - fitted.sum()
         line = [0.0] * (len(past) - 2) + lagrange(places[-2:], at.place)
         return [self.blend * a + (1 - self.blend) * b for a, b in zip(fitted.tolist(), line, strict=True)]
 
