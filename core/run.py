@@ -8,6 +8,7 @@ from .knob import settings as knob_settings
 from .report import Report
 from .step import Clock
 from .stepcache.cache import StepCache
+from .stepcache.corrections import Correction, NoCorrection
 from .stepcache.governor import DETERMINISTIC, Governor
 from .stepcache.levels import Level
 from .stepcache.policies import Policy
@@ -28,6 +29,7 @@ class Settings:
     end_percent: float = 1.0
     max_consecutive_skips: int = 4
     preset: str = "custom"
+    correction: Correction = NoCorrection()
 
     def __post_init__(self):
         level = self.level.resolve(self.policy)
@@ -36,7 +38,7 @@ class Settings:
                              "choose level 'block range' or 'automatic'")
 
     def as_dict(self) -> dict:
-        entries = (("policy", self.policy), ("predictor", self.predictor), ("level", self.level))
+        entries = (("policy", self.policy), ("predictor", self.predictor), ("level", self.level), ("correction", self.correction))
         return {
             "preset": self.preset, **{kind: {"name": entry.name, **knob_settings(entry)} for kind, entry in entries},
             "start_percent": self.start_percent, "end_percent": self.end_percent, "max_consecutive_skips": self.max_consecutive_skips,
@@ -50,14 +52,14 @@ class Run:
         self.family, self.level = family, settings.level.resolve(settings.policy)
         self.clock = Clock(sigmas, flow)
         steady = sampler in DETERMINISTIC
-        candidates = [c for c in settings.predictor.candidates() if steady or c.history <= 2] or [Hold(), DividedDifferences(1)]
+        candidates = [c for c in settings.predictor.candidates() if steady or c.depth <= 2] or [Hold(), DividedDifferences(1)]
         self.report = Report(
             model=family.name, sampler=sampler, steps=self.clock.steps, policy=settings.policy.name, predictor=settings.predictor.name,
             level=self.level.name, settings=settings.as_dict())
         if not steady:
             self.report.add_reason(f"{sampler} may add noise or build errors up, so at most one skip in a row")
         governor = Governor(start_sigma, end_sigma, settings.max_consecutive_skips if steady else min(settings.max_consecutive_skips, 1))
-        self.cache = StepCache(settings.policy, candidates, governor, self.report)
+        self.cache = StepCache(settings.policy, candidates, governor, self.report, settings.correction.start())
         self.begun: float | None = None     # when the first evaluation began; models were loaded before
         self.ordinals: Counter = Counter()
         self.ordinal: int | None = None     # none outside an evaluation, and before the host comes to its conditions

@@ -9,9 +9,12 @@ from ...kernels.combine import combine
 from ..report import Evaluation, Report
 from ..step import Step
 from ..store import SAME_PLACE, Row, Snapshot, Store
+from .corrections import Correcting, Guess
 from .governor import Governor
-from .hindcast import Hindcast, relative_error, sampled
+from .hindcast import Hindcast, dot_products, relative_error, sampled
 from .policies import Policy, View
+from .predictors import Gram, Predictor
+from .predictors.base import ahead, weighed
 from .predictors.hold import Hold
 
 
@@ -21,11 +24,12 @@ class StepCache:
     begin(step) ... the level calls `skips`, `predict`, `learn` and `ran` ... finish(), or nothing after an exception.
     """
 
-    def __init__(self, policy: Policy, candidates, governor: Governor, report: Report):
+    def __init__(self, policy: Policy, candidates, governor: Governor, report: Report, correcting: Correcting | None = None):
         self.policy, self.governor, self.report = policy, governor, report
-        self.hindcast = Hindcast(candidates)
-        depth = max(candidate.history for candidate in self.hindcast.candidates)
+        self.hindcast, self.correcting = Hindcast(candidates), correcting
+        depth = max(candidate.depth for candidate in self.hindcast.candidates)
         self.store = Store(depth)
+        self.grams: dict[Row, tuple[list[int], Gram]] = {}     # dot products of a row's snapshots, and whose they are
         self.computed: deque[Step] = deque(maxlen=depth)
         self.lock = threading.Lock()         # the host may evaluate conditions in several threads, one per GPU
         self.skipped_in_a_row, self.owed = 0, 0.0
@@ -117,22 +121,46 @@ class StepCache:
     def predict(self, row: Row, anchor: Tensor | None = None) -> Tensor:
         """What stands in for the row now, a new tensor, `anchor` added. The row must be ready."""
         past = self.store.get(row)
-        used: tuple[Snapshot, ...] = past[-self.best.history:]
-        predictor = self.best if len(used) == self.best.history else self.fallback(len(used))
-        used = past[-predictor.history:]
-        return combine(predictor.weights([s.step for s in used], self.step), [s.value for s in used], anchor)
+        if self.correcting is not None:
+            guess = self.guess(self.able(len(past)), row, past)
+            return combine([1.0], [self.correcting.apply(guess).to(guess.value.dtype)], anchor)
+        used, weights = weighed(self.able(len(past)), past, self.step, self.gram(row, past))
+        return combine(weights, [s.value for s in used], anchor)
 
-    def fallback(self, snapshots: int):
-        """The highest order for which a row with a shorter history than the others has snapshots enough."""
+    def guess(self, predictor: Predictor, row: Row, past: tuple[Snapshot, ...]) -> Guess:
+        """What a predictor alone says for the row now."""
+        used, weights = weighed(predictor, past, self.step, self.gram(row, past))
+        value = combine(weights, [s.value for s in used])
+        return Guess(row, predictor, self.step, predictor.reach([s.step for s in used], self.step), value, past[-1].value)
+
+    def able(self, snapshots: int) -> Predictor:
+        """The best predictor; for a row with a shorter history than the others, the highest order that has enough."""
+        if self.best is not None and self.best.history <= snapshots:
+            return self.best
         able = [candidate for candidate in self.hindcast.candidates if candidate.history <= snapshots]
         return able[-1] if able else Hold()
+
+    def gram(self, row: Row, past: tuple[Snapshot, ...]) -> Gram | None:
+        """Dot products of a row's snapshots, read back once however many steps they serve; none where nobody asks."""
+        if not self.hindcast.needs_gram:
+            return None
+        known, evaluations = self.grams.get(row), [s.step.evaluation for s in past]
+        if known is None or known[0] != evaluations:
+            known = self.grams[row] = evaluations, dot_products(past)
+        return known[1]
 
     def learn(self, row: Row, value: Tensor) -> None:
         """Keep what was computed for a row; `value` must be the cache's own. Only the main pass is scored."""
         with self.lock:
-            past = self.store.get(row)
-            if row.ordinal == 0 and past and past[-1].value.shape == value.shape and not self.decision:
-                self.hindcast.score(past, self.step, value)
+            past, guesses = self.store.get(row), []
+            if past and past[-1].value.shape == value.shape and not self.decision:
+                if self.correcting is not None and ahead([past[-1].step], self.step) >= SAME_PLACE:
+                    guesses = [self.guess(candidate, row, past) for candidate in self.hindcast.candidates if candidate.history <= len(past)]
+                if row.ordinal == 0:
+                    said = {guess.predictor: self.correcting.apply(guess) for guess in guesses}
+                    self.hindcast.score(past, self.step, value, self.gram(row, past), said)
+            if self.correcting is not None:
+                self.correcting.learn(row, self.step, value, guesses)
             self.store.put(row, self.step, value)
 
     def ran(self, rows: int, share: float) -> None:
@@ -151,11 +179,14 @@ class StepCache:
         """Drop the history; `why` is told with the next evaluation."""
         self.restart = why
         self.store.clear()
+        self.grams.clear()
+        if self.correcting is not None:
+            self.correcting.clear()
         self.computed.clear()
         self.skipped_in_a_row, self.owed, self.signal = 0, 0.0, None
 
     def close(self) -> None:
-        self.report.cache_bytes = self.store.peak
+        self.report.cache_bytes = self.store.peak + (0 if self.correcting is None else self.correcting.peak)
         self.forget()
         self.fresh_signal = None
         self.hindcast.waiting.clear()

@@ -3,7 +3,8 @@
     e = mean|H' - H| / mean|H|          c <- (c + e / reach) / 2          expected(t) = c * reach(t)
 """
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -11,15 +12,24 @@ from torch import Tensor
 from ...kernels.combine import combine
 from ..step import Step
 from ..store import SAME_PLACE, Snapshot
+from .predictors.base import Gram, weighed
 
 AGAIN = "again"   # the name under which a second evaluation at the same sigma is scored
 SAMPLE = 1 << 18  # elements looked at, more than enough for a mean
+FEW = 1 << 14     # enough for the dot products of a few snapshots, which travel to the CPU
+NOTHING: Mapping[object, Tensor] = MappingProxyType({})
 
 
-def sampled(value: Tensor) -> Tensor:
-    """A strided view of at most about SAMPLE elements; the odd stride walks through all channels."""
+def sampled(value: Tensor, most: int = SAMPLE) -> Tensor:
+    """A strided view of at most about twice `most` elements; the odd stride walks through all channels."""
     flat = value.reshape(-1)
-    return flat[:: (flat.numel() // SAMPLE) | 1]
+    return flat[:: (flat.numel() // most) | 1]
+
+
+def dot_products(past: Sequence[Snapshot]) -> Gram:
+    """<H_i, H_j> of snapshots over the same sample of their elements, in fp64, in one transfer."""
+    seen = torch.stack([sampled(snapshot.value, FEW).float() for snapshot in past]).cpu().double()
+    return (seen @ seen.T).tolist()
 
 
 def relative_error(predicted: Tensor, actual: Tensor) -> Tensor:
@@ -36,8 +46,14 @@ class Hindcast:
         self.waiting: list[tuple[object, float, Tensor]] = []
         self.last: float | None = None   # the error of the best one at the last computed step
 
-    def score(self, past: Sequence[Snapshot], step: Step, actual: Tensor) -> None:
+    @property
+    def needs_gram(self) -> bool:
+        return any(candidate.needs_gram for candidate in self.candidates)
+
+    def score(self, past: Sequence[Snapshot], step: Step, actual: Tensor, gram: Gram | None = None, said: Mapping[object, Tensor] = NOTHING) -> None:
         """Compare every candidate that has history enough with `actual`. Nothing is read back from the device yet.
+
+        `gram` is that of `past`. `said` is what a skip would have put there, for candidates whose weighted sum is not all of it.
 
         Heun and its kin come back to the same sigma with another x. Nothing can be learnt there about how errors grow
         with distance, so that is scored by itself: how far off is it to take the first result for the second?
@@ -48,10 +64,9 @@ class Hindcast:
             return
         for candidate in self.candidates:
             if len(past) >= candidate.history:
-                used = past[-candidate.history:]
-                steps = [snapshot.step for snapshot in used]
-                guess = combine(candidate.weights(steps, step), [sampled(snapshot.value) for snapshot in used])
-                self.waiting.append((candidate, candidate.reach(steps, step), relative_error(guess, seen)))
+                used, weights = weighed(candidate, past, step, gram)
+                guess = combine(weights, [sampled(snapshot.value) for snapshot in used]) if candidate not in said else sampled(said[candidate])
+                self.waiting.append((candidate, candidate.reach([snapshot.step for snapshot in used], step), relative_error(guess, seen)))
 
     def settle(self, best) -> None:
         """Read the scores back, in one transfer, and remember them. `best` is the candidate that would have been used."""
@@ -75,7 +90,7 @@ class Hindcast:
         if past and abs(at.place - past[-1].place) < SAME_PLACE:
             return self.candidates[0], self.rate.get(AGAIN)     # all of them say the last result here
         scored = {
-            candidate: self.rate[candidate] * candidate.reach(past[-candidate.history:], at)
+            candidate: self.rate[candidate] * candidate.reach(past[-candidate.depth:], at)
             for candidate in self.candidates if candidate in self.rate and len(past) >= candidate.history
         }
         if scored:

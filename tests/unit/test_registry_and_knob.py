@@ -7,11 +7,13 @@ from pack.core.families import FAMILIES, family_of
 from pack.core.knob import checked, knob, knobs, settings
 from pack.core.registry import Registry
 from pack.core.run import Settings
+from pack.core.stepcache.corrections import CORRECTIONS
 from pack.core.stepcache.levels import LEVELS
 from pack.core.stepcache.policies import POLICIES
 from pack.core.stepcache.predictors import PREDICTORS
 
-ENTRIES = [pytest.param(entry, id=f"{registry.kind}: {name}") for registry in (POLICIES, PREDICTORS, LEVELS) for name, entry in registry.items()]
+REGISTRIES = (POLICIES, PREDICTORS, LEVELS, CORRECTIONS)
+ENTRIES = [pytest.param(entry, id=f"{registry.kind}: {name}") for registry in REGISTRIES for name, entry in registry.items()]
 
 
 @dataclass(frozen=True)
