@@ -9,11 +9,12 @@ from .report import Report
 from .step import Clock
 from .stepcache.cache import StepCache
 from .stepcache.governor import DETERMINISTIC, Governor
-from .stepcache.levels import Level
+from .stepcache.levels import Level, Seam
 from .stepcache.policies import Policy
 from .stepcache.predictors import Predictor
 from .stepcache.predictors.divided_differences import DividedDifferences
 from .stepcache.predictors.hold import Hold
+from .stepcache.signal import MODEL_INPUT
 from .store import Row
 
 
@@ -34,6 +35,9 @@ class Settings:
         if self.policy.needs_forward and not level.gates:
             raise ValueError(f"policy '{self.policy.name}' must see the first blocks run, and level '{level.name}' runs none on a skip; "
                              "choose level 'block range' or 'automatic'")
+        if self.policy.signal == MODEL_INPUT and level.seam is Seam.NETWORK:
+            raise ValueError(f"policy '{self.policy.name}' must see the model's input and output, and level '{level.name}' works inside the model; "
+                             "choose level 'guided output', 'model output' or 'automatic'")
 
     def as_dict(self) -> dict:
         entries = (("policy", self.policy), ("predictor", self.predictor), ("level", self.level))
@@ -58,6 +62,9 @@ class Run:
             self.report.add_reason(f"{sampler} may add noise or build errors up, so at most one skip in a row")
         governor = Governor(start_sigma, end_sigma, settings.max_consecutive_skips if steady else min(settings.max_consecutive_skips, 1))
         self.cache = StepCache(settings.policy, candidates, governor, self.report)
+        refuses = getattr(settings.policy, "refuses", None)
+        if refuses is not None and (why := refuses(family.name, self.clock.steps, sampler)):
+            self.cache.give_up(f"{why}, so everything is computed")
         self.begun: float | None = None     # when the first evaluation began; models were loaded before
         self.ordinals: Counter = Counter()
         self.ordinal: int | None = None     # none outside an evaluation, and before the host comes to its conditions

@@ -10,9 +10,10 @@ from ..report import Evaluation, Report
 from ..step import Step
 from ..store import SAME_PLACE, Row, Snapshot, Store
 from .governor import Governor
-from .hindcast import Hindcast, relative_error, sampled
+from .hindcast import Hindcast
 from .policies import Policy, View
 from .predictors.hold import Hold
+from .signal import MODEL_INPUT, NOTHING, OUTPUT, Watch
 
 
 class StepCache:
@@ -31,9 +32,7 @@ class StepCache:
         self.skipped_in_a_row, self.owed = 0, 0.0
         self.broken = ""                     # why everything is computed from here on
         self.restart = ""                    # why the history begins anew at the next evaluation
-        # first blocks' residual of the gate's row, and that row: at the last computed step, and now
-        self.signal: tuple[Row | None, Tensor] | None = None
-        self.fresh_signal: tuple[Row | None, Tensor] | None = None
+        self.watch = Watch(policy.signal)
         # the evaluation under way
         self.step: Step | None = None
         self.begun = 0.0
@@ -48,31 +47,29 @@ class StepCache:
         if step.rises:
             self.forget("sigma rises")
         self.step, self.begun = step, time.perf_counter()
-        self.shares, self.seen, self.fresh_signal, self.decision = [], set(), None, None
+        self.watch.begin(step)
+        self.shares, self.seen, self.decision = [], set(), None
         self.best, expected = self.hindcast.choose(tuple(self.computed), step)
         self.expected = None if expected is None else expected * step.width
         self.why = self.broken or self.restart or self.governor.must_compute(step, tuple(self.computed), self.skipped_in_a_row)
         self.restart = ""
-        if self.why or not self.policy.needs_forward:
-            self.decide(None)
+        if self.why or self.policy.signal in (NOTHING, OUTPUT):
+            self.decide()
 
-    def decide(self, drift: float | None) -> None:
-        view = View(self.step, tuple(self.computed), self.expected, self.owed, drift)
+    def decide(self) -> None:
+        view = View(self.step, tuple(self.computed), self.expected, self.owed, self.report.model, self.watch)
         self.decision = not self.why and self.best is not None and self.policy.skip(view)
 
-    def skips(self, signal: Tensor | None = None, row: Row | None = None) -> bool:
+    def skips(self, signal: Tensor | None = None, row: Row | None = None, x: Tensor | None = None) -> bool:
         """Whether this evaluation is a skip.
 
-        A policy that needs a forward decides on the first call, from `signal`, the first blocks' residual of `row`,
-        which the host runs first; every later call of the evaluation obeys.
+        A policy that watches something decides on the first call, from what it is shown of `row`, which the host runs
+        first: a `signal` from inside the model, or the model's input `x`. Every later call of the evaluation obeys.
         """
         with self.lock:
-            if self.fresh_signal is None and signal is not None and self.policy.needs_forward:
-                self.fresh_signal = (row, signal.clone())
+            self.watch.see(row, x if self.policy.signal == MODEL_INPUT else signal)
             if self.decision is None:
-                before, known = self.signal, self.signal is not None and signal is not None
-                known = known and before[0] == row and before[1].shape == signal.shape and before[1].device == signal.device
-                self.decide(relative_error(sampled(signal), sampled(before[1])).item() if known else None)
+                self.decide()
             return self.decision
 
     def finish(self) -> None:
@@ -89,7 +86,8 @@ class StepCache:
             while self.computed and abs(self.computed[-1].place - step.place) < SAME_PLACE:
                 self.computed.pop()
             self.computed.append(step)
-            self.skipped_in_a_row, self.owed, self.signal = 0, 0.0, self.fresh_signal
+            self.skipped_in_a_row, self.owed = 0, 0.0
+        self.watch.finish(skipped)
         measured = None if self.hindcast.last is None else self.hindcast.last * step.width
         self.report.each.append(Evaluation(
             sigma=step.sigma, computed=not skipped, share=share, predicted_error=self.expected, hindcast_error=measured,
@@ -130,6 +128,7 @@ class StepCache:
     def learn(self, row: Row, value: Tensor) -> None:
         """Keep what was computed for a row; `value` must be the cache's own. Only the main pass is scored."""
         with self.lock:
+            self.watch.learn(row, value)
             past = self.store.get(row)
             if row.ordinal == 0 and past and past[-1].value.shape == value.shape and not self.decision:
                 self.hindcast.score(past, self.step, value)
@@ -152,10 +151,11 @@ class StepCache:
         self.restart = why
         self.store.clear()
         self.computed.clear()
-        self.skipped_in_a_row, self.owed, self.signal = 0, 0.0, None
+        self.watch.forget()
+        self.skipped_in_a_row, self.owed = 0, 0.0
 
     def close(self) -> None:
-        self.report.cache_bytes = self.store.peak
+        self.report.cache_bytes = self.store.peak + self.watch.peak
         self.forget()
-        self.fresh_signal = None
+        self.watch.close()
         self.hindcast.waiting.clear()

@@ -64,6 +64,7 @@ class Never:
 
     name = "never"
     needs_forward = False
+    signal = ""
 
     def skip(self, view):
         return False
@@ -72,6 +73,7 @@ class Never:
 @dataclass(frozen=True)
 class NeverGated(Never):
     needs_forward = True
+    signal = "first block"
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class At:
 
     name = "at"
     needs_forward = False
+    signal = ""
     evaluations: tuple = ()
 
     def skip(self, view):
