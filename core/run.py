@@ -14,7 +14,7 @@ from .stepcache.policies import Policy
 from .stepcache.predictors import Predictor
 from .stepcache.predictors.divided_differences import DividedDifferences
 from .stepcache.predictors.hold import Hold
-from .stepcache.signal import MODEL_INPUT
+from .stepcache.signal import MODEL_INPUT, signal_of
 from .store import Row
 
 
@@ -35,7 +35,7 @@ class Settings:
         if self.policy.needs_forward and not level.gates:
             raise ValueError(f"policy '{self.policy.name}' must see the first blocks run, and level '{level.name}' runs none on a skip; "
                              "choose level 'block range' or 'automatic'")
-        if self.policy.signal == MODEL_INPUT and level.seam is Seam.NETWORK:
+        if signal_of(self.policy) == MODEL_INPUT and level.seam is Seam.NETWORK:
             raise ValueError(f"policy '{self.policy.name}' must see the model's input and output, and level '{level.name}' works inside the model; "
                              "choose level 'guided output', 'model output' or 'automatic'")
 

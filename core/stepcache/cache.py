@@ -13,7 +13,7 @@ from .governor import Governor
 from .hindcast import Hindcast
 from .policies import Policy, View
 from .predictors.hold import Hold
-from .signal import MODEL_INPUT, NOTHING, OUTPUT, Watch
+from .signal import MODEL_INPUT, NOTHING, OUTPUT, Watch, signal_of
 
 
 class StepCache:
@@ -32,7 +32,7 @@ class StepCache:
         self.skipped_in_a_row, self.owed = 0, 0.0
         self.broken = ""                     # why everything is computed from here on
         self.restart = ""                    # why the history begins anew at the next evaluation
-        self.watch = Watch(policy.signal)
+        self.watch = Watch(signal_of(policy))
         # the evaluation under way
         self.step: Step | None = None
         self.begun = 0.0
@@ -53,7 +53,7 @@ class StepCache:
         self.expected = None if expected is None else expected * step.width
         self.why = self.broken or self.restart or self.governor.must_compute(step, tuple(self.computed), self.skipped_in_a_row)
         self.restart = ""
-        if self.why or self.policy.signal in (NOTHING, OUTPUT):
+        if self.why or self.watch.signal in (NOTHING, OUTPUT):
             self.decide()
 
     def decide(self) -> None:
@@ -67,7 +67,7 @@ class StepCache:
         first: a `signal` from inside the model, or the model's input `x`. Every later call of the evaluation obeys.
         """
         with self.lock:
-            self.watch.see(row, x if self.policy.signal == MODEL_INPUT else signal)
+            self.watch.see(row, x if self.watch.signal == MODEL_INPUT else signal)
             if self.decision is None:
                 self.decide()
             return self.decision

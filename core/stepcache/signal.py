@@ -28,6 +28,11 @@ WITH_OUTPUT = (MODEL_INPUT, OUTPUT)
 COMPUTED_STEPS = 4                      # kept of them, enough for a forecast of order 3
 
 
+def signal_of(policy) -> str:
+    """What a policy watches: what it says, else nothing, or the first blocks when it needs a forward."""
+    return getattr(policy, "signal", FIRST_BLOCK if policy.needs_forward else NOTHING)
+
+
 class Node(NamedTuple):
     """A computed step of the watched row."""
 

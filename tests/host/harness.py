@@ -64,7 +64,6 @@ class Never:
 
     name = "never"
     needs_forward = False
-    signal = ""
 
     def skip(self, view):
         return False
@@ -73,7 +72,6 @@ class Never:
 @dataclass(frozen=True)
 class NeverGated(Never):
     needs_forward = True
-    signal = "first block"
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,6 @@ class At:
 
     name = "at"
     needs_forward = False
-    signal = ""
     evaluations: tuple = ()
 
     def skip(self, view):

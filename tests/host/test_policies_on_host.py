@@ -10,6 +10,7 @@ from harness import STEPS, attached, blocks, decisions, family, model, plain, re
 from pack.core.stepcache.levels.block_range import BlockRange
 from pack.core.stepcache.policies import POLICIES
 from pack.core.stepcache.policies.schedule import Schedule
+from pack.core.stepcache.signal import signal_of
 from testbed import tiny
 
 MODELS = [tiny.OF_FAMILY["flux"][0], tiny.OF_FAMILY["nextdit"][0]]
@@ -67,7 +68,7 @@ class Modulating(BlockRange):
 
 
 def level_for(policy, name) -> str | BlockRange:
-    if getattr(policy, "signal", "") == "modulated input" and getattr(family(name), "modulated", None) is None:
+    if signal_of(policy) == "modulated input" and getattr(family(name), "modulated", None) is None:
         return Modulating()
     return "automatic"
 
@@ -97,7 +98,7 @@ def test_every_policy_bears_samplers_that_evaluate_twice_keep_a_history_or_add_n
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("policy", [name for name, policy in POLICIES.items() if policy.signal])
+@pytest.mark.parametrize("policy", [name for name, policy in POLICIES.items() if signal_of(policy)])
 def test_what_a_policy_watches_is_counted_and_gone_after_the_run(policy, name):
     patched = attached(model(name), reports=(reports := []), **cached(policy, LIBERAL_AND_NOTHING[policy][0], name))
     runs = []

@@ -24,7 +24,7 @@ from pack.core.stepcache.policies.schedule import Schedule
 from pack.core.stepcache.policies.teacache import COEFFICIENTS, TeaCache
 from pack.core.stepcache.policies.temporal_delta import TemporalDelta
 from pack.core.stepcache.policies.zeus import Zeus
-from pack.core.stepcache.signal import FIRST_BLOCK, MODEL_INPUT, MODULATED_INPUT, NOTHING, OUTPUT, Flow, Watch
+from pack.core.stepcache.signal import FIRST_BLOCK, MODEL_INPUT, MODULATED_INPUT, NOTHING, OUTPUT, Flow, Watch, signal_of
 
 
 def steps_of(count: int):
@@ -71,17 +71,17 @@ def walk(policy, steps, told=lambda n, computed: Signal(), forced=()) -> list[bo
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_every_policy_is_immutable_answers_yes_or_no_and_cites_its_source(policy):
     entry = policy()
-    assert policy.signal in (NOTHING, FIRST_BLOCK, MODULATED_INPUT, MODEL_INPUT, OUTPUT)
-    assert policy.needs_forward is (policy.signal in (FIRST_BLOCK, MODULATED_INPUT))
+    assert signal_of(policy) in (NOTHING, FIRST_BLOCK, MODULATED_INPUT, MODEL_INPUT, OUTPUT)
+    assert policy.needs_forward is (signal_of(policy) in (FIRST_BLOCK, MODULATED_INPUT))
     assert isinstance(entry.skip(view()), bool)
-    assert isinstance(entry.skip(view(predicted=None, signal=Watch(policy.signal))), bool), "nothing is known at first"
+    assert isinstance(entry.skip(view(predicted=None, signal=Watch(signal_of(policy)))), bool), "nothing is known at first"
     for field in fields(entry):
         with pytest.raises(FrozenInstanceError):
             setattr(entry, field.name, 0)
     assert hash(entry) == hash(policy()) and len(inspect.getdoc(inspect.getmodule(policy))) > 120
 
 
-WATCHING = [policy for policy in POLICIES.values() if policy.signal]
+WATCHING = [policy for policy in POLICIES.values() if signal_of(policy)]
 THRESHOLD = {"error control": "tolerance", "CG-Taylor": "gate"}
 
 
@@ -92,7 +92,7 @@ def test_what_is_not_known_or_not_a_number_is_computed(policy):
     assert not liberal.skip(view(signal=Watch(policy.signal))) and not liberal.skip(view(signal=NOT_A_NUMBER))
 
 
-@pytest.mark.parametrize("policy", [policy for policy in POLICIES.values() if policy.signal or policy.name == "MagCache"], ids=lambda policy: policy.name)
+@pytest.mark.parametrize("policy", [*WATCHING, ErrorControl, MagCache], ids=lambda policy: policy.name)
 @given(signal=st.builds(
     Signal, st.floats(0, 2), st.lists(st.floats(0, 1), min_size=1, max_size=4).map(tuple),
     st.builds(Flow, st.floats(0, 2), st.floats(0, 2), st.floats(0, 2), st.floats(0, 2)), st.floats(0, 2), st.floats(0, 2)),

@@ -10,6 +10,7 @@ from pack.core.run import Settings
 from pack.core.stepcache.levels import LEVELS
 from pack.core.stepcache.policies import POLICIES
 from pack.core.stepcache.predictors import PREDICTORS
+from pack.core.stepcache.signal import signal_of
 
 ENTRIES = [pytest.param(entry, id=f"{registry.kind}: {name}") for registry in (POLICIES, PREDICTORS, LEVELS) for name, entry in registry.items()]
 
@@ -56,6 +57,18 @@ def test_a_wrong_setting_is_named_with_what_it_may_be(wrong, message):
         checked(Entry(**wrong))
 
 
+def test_of_many_choices_those_that_are_most_like_what_came_are_told():
+    names = tuple(f"{kind}_{size}" for kind in ("flux", "wan", "qwen") for size in range(6))
+
+    @dataclass(frozen=True)
+    class Many:
+        name = "many"
+        kind: str = knob("wan_1", "Help.", choices=names)
+
+    with pytest.raises(ValueError, match="many: kind is 'qwen-3'; choose one of 18, such as qwen_3"):
+        checked(Many("qwen-3"))
+
+
 @pytest.mark.parametrize("right", [{}, {"amount": 0.0}, {"amount": 1.0}, {"kind": "b"}, {"free": "0"}, {"free": " 3, 10"}, {"hidden": 99}])
 def test_a_right_setting_passes(right):
     assert checked(Entry(**right)) == Entry(**right)
@@ -80,7 +93,7 @@ def test_settings_are_hashable_plain_and_refuse_a_policy_that_sees_nothing(polic
     if POLICIES[policy].needs_forward and not getattr(LEVELS[level], "gates", True):
         with pytest.raises(ValueError, match=f"policy '{policy}' must see the first blocks run, and level '{level}' runs none"):
             Settings(*parts)
-    elif POLICIES[policy].signal == "model input" and level == "block range":
+    elif signal_of(POLICIES[policy]) == "model input" and level == "block range":
         with pytest.raises(ValueError, match=f"policy '{policy}' must see the model's input and output, and level '{level}' works inside"):
             Settings(*parts)
     else:

@@ -21,14 +21,13 @@ class View:
 class Policy(Protocol):
     """An immutable dataclass with knobs; what it has to remember is in the View.
 
-    signal: what it watches, one of those in signal.py, or nothing.
     needs_forward: the first blocks must run before it can decide, which is so for two of the signals.
+    signal: optional; what it watches, one of those in signal.py.
     refuses(family, steps, sampler): optional; why it can skip nothing in such a run, or an empty text. The run then
     computes everything and says why.
     """
 
     name: str
     needs_forward: ClassVar[bool]
-    signal: ClassVar[str]
 
     def skip(self, view: View) -> bool: ...

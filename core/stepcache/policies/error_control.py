@@ -11,14 +11,12 @@ that of step-size control in ODE solvers.
 from dataclasses import dataclass
 
 from ...knob import knob
-from ..signal import NOTHING
 
 
 @dataclass(frozen=True)
 class ErrorControl:
     name = "error control"
     needs_forward = False
-    signal = NOTHING
     tolerance: float = knob(
         0.03, "Allowed relative error between two computed steps. Higher skips more and follows the full model less closely; 0 skips nothing.",
         0.0, 1.0, 0.005)

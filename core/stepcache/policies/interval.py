@@ -7,14 +7,12 @@ The schedule of TaylorSeer (arXiv 2503.06923): warm-up 3, N 3 to 7 at 50 steps.
 from dataclasses import dataclass
 
 from ...knob import knob
-from ..signal import NOTHING
 
 
 @dataclass(frozen=True)
 class Interval:
     name = "interval"
     needs_forward = False
-    signal = NOTHING
     interval: int = knob(2, "Every N-th step is computed: N - 1 skips in a row, if max_consecutive_skips allows it. At 20 steps 2 or 3.", 1, 20, 1)
     warm_up: int = knob(3, "So many first steps are always computed.", 1, 50, 1)
 

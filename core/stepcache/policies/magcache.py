@@ -14,7 +14,6 @@ from itertools import accumulate
 from operator import mul
 
 from ...knob import knob
-from ..signal import NOTHING
 from .published import AUTOMATIC, Published
 
 CURVES = Published.read("magcache.json", "curve")
@@ -29,7 +28,6 @@ def nearest(index: int, steps: int, entries: int) -> int:
 class MagCache:
     name = "MagCache"
     needs_forward = False
-    signal = NOTHING
     threshold: float = knob(
         0.06, "Higher skips more steps; 0 skips nothing. Published: FLUX 0.24, Kontext 0.05, Chroma and Qwen-Image 0.1, Wan 2.1 0.12 to 0.24.",
         0.0, 1.0, 0.005)

@@ -11,7 +11,6 @@ max_consecutive_skips be at least its max_interval (FLUX and SDXL 4, the others 
 from dataclasses import dataclass
 
 from ...knob import knob, whole_numbers
-from ..signal import NOTHING
 
 PUBLISHED_STEPS = 50
 FEWEST_STEPS = 12
@@ -36,7 +35,6 @@ def no_remainders(text: str) -> str:
 class Zeus:
     name = "ZEUS"
     needs_forward = False
-    signal = NOTHING
     preset: str = knob("FLUX", "The published settings of a model. custom uses the settings below.", choices=(*PRESETS, CUSTOM))
     start: int = knob(10, "First step that may be skipped, of 50. Used by the preset 'custom'.", 0, 50, 1)
     end: int = knob(45, "From this step on everything is computed, of 50. Used by the preset 'custom'.", 0, 50, 1)
