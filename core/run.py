@@ -10,11 +10,14 @@ from .step import Clock
 from .stepcache.cache import StepCache
 from .stepcache.corrections import Correction, NoCorrection
 from .stepcache.governor import DETERMINISTIC, Governor
-from .stepcache.levels import Level
+from .stepcache.look_back import LookBack
+from .stepcache.levels import Level, Seam
 from .stepcache.policies import Policy
 from .stepcache.predictors import Predictor
 from .stepcache.predictors.divided_differences import DividedDifferences
 from .stepcache.predictors.hold import Hold
+from .stepcache.signal import MODEL_INPUT, signal_of
+from .stepcache.solvers import SOLVERS
 from .store import Row
 
 
@@ -36,6 +39,9 @@ class Settings:
         if self.policy.needs_forward and not level.gates:
             raise ValueError(f"policy '{self.policy.name}' must see the first blocks run, and level '{level.name}' runs none on a skip; "
                              "choose level 'block range' or 'automatic'")
+        if signal_of(self.policy) == MODEL_INPUT and level.seam is Seam.NETWORK:
+            raise ValueError(f"policy '{self.policy.name}' must see the model's input and output, and level '{level.name}' works inside the model; "
+                             "choose level 'guided output', 'model output' or 'automatic'")
 
     def as_dict(self) -> dict:
         entries = (("policy", self.policy), ("predictor", self.predictor), ("level", self.level), ("correction", self.correction))
@@ -48,7 +54,9 @@ class Settings:
 class Run:
     """Opened and closed around the host's outer sampling call; lives in that call's model options only."""
 
-    def __init__(self, settings: Settings, family: Family, sigmas: list[float], flow: bool, sampler: str, start_sigma: float, end_sigma: float):
+    def __init__(self, settings: Settings, family: Family, sigmas: list[float], flow: bool, sampler: str, start_sigma: float, end_sigma: float,
+                 plain: bool = True):
+        """`plain` says that the sampler runs without churn, which would put noise between two steps."""
         self.family, self.level = family, settings.level.resolve(settings.policy)
         self.clock = Clock(sigmas, flow)
         steady = sampler in DETERMINISTIC
@@ -58,8 +66,12 @@ class Run:
             level=self.level.name, settings=settings.as_dict())
         if not steady:
             self.report.add_reason(f"{sampler} may add noise or build errors up, so at most one skip in a row")
+        solver = SOLVERS.get(sampler) if getattr(self.level, "look_back", False) and plain else None
         governor = Governor(start_sigma, end_sigma, settings.max_consecutive_skips if steady else min(settings.max_consecutive_skips, 1))
-        self.cache = StepCache(settings.policy, candidates, governor, self.report, settings.correction.start())
+        self.cache = StepCache(settings.policy, candidates, governor, self.report, settings.correction.start(), solver and LookBack(solver, sigmas))
+        refuses = getattr(settings.policy, "refuses", None)
+        if refuses is not None and (why := refuses(family.name, self.clock.steps, sampler)):
+            self.cache.give_up(f"{why}, so everything is computed")
         self.begun: float | None = None     # when the first evaluation began; models were loaded before
         self.ordinals: Counter = Counter()
         self.ordinal: int | None = None     # none outside an evaluation, and before the host comes to its conditions
@@ -81,6 +93,7 @@ class Run:
         """Go on at a safer level, from an empty history."""
         self.level, self.report.level = level, level.name
         self.report.add_reason(why)
+        self.cache.looks_back(None)
         self.cache.forget()
 
     def finish(self) -> None:

@@ -38,11 +38,11 @@ class LookBack:
         self.echo: Tensor | None = None
         self.first_echo: Tensor | None = None
         self.at = -1
+        self.peak = 0                       # bytes
 
-    @property
-    def bytes(self) -> int:
+    def count(self) -> None:
         held = [d for _, d in (*self.nodes, *self.skips)] + [d for d in (self.echo, self.first_echo) if d is not None]
-        return sum(d.numel() * d.element_size() for d in held)
+        self.peak = max(self.peak, sum(d.numel() * d.element_size() for d in held))
 
     def on_grid(self, place: float, d: Tensor) -> bool:
         """Whether this evaluation is the next step of the schedule; else nothing that was known holds any more."""
@@ -63,6 +63,7 @@ class LookBack:
             return d
         d = self.answered(d)
         self.skips.append((self.at, d))
+        self.count()
         return d
 
     def answered(self, d: Tensor) -> Tensor:
@@ -93,6 +94,7 @@ class LookBack:
             self.echo = None
         self.skips, self.first_echo = [], self.echo
         self.nodes.append((n, known))
+        self.count()
         return known, told
 
     def missed(self, n: int, d: Tensor) -> tuple[Tensor, Tensor]:
