@@ -91,7 +91,8 @@ def open_run(settings: Settings, guider, sampler, sigmas) -> tuple[Run | None, R
     start, end = (float(space.percent_to_sigma(percent)) for percent in (settings.start_percent, settings.end_percent))
     flow = isinstance(space, comfy.model_sampling.CONST)
     plain = not getattr(sampler, "extra_options", {}).get("s_churn", 0.0)
-    run = Run(settings, family, schedule, flow, name, math.inf if settings.start_percent <= 0 else start, end if settings.end_percent < 1 else 0.0, plain)
+    run = Run(settings, family, schedule, flow, name, math.inf if settings.start_percent <= 0 else start, end if settings.end_percent < 1 else 0.0,
+              plain, float(getattr(guider, "cfg", 1.0)))
     return run, run.report
 
 

@@ -10,8 +10,8 @@ from .step import Clock
 from .stepcache.cache import StepCache
 from .stepcache.corrections import Correction, NoCorrection
 from .stepcache.governor import DETERMINISTIC, Governor
-from .stepcache.look_back import LookBack
 from .stepcache.levels import Level, Seam
+from .stepcache.look_back import LookBack
 from .stepcache.policies import Policy
 from .stepcache.predictors import Predictor
 from .stepcache.predictors.divided_differences import DividedDifferences
@@ -55,8 +55,8 @@ class Run:
     """Opened and closed around the host's outer sampling call; lives in that call's model options only."""
 
     def __init__(self, settings: Settings, family: Family, sigmas: list[float], flow: bool, sampler: str, start_sigma: float, end_sigma: float,
-                 plain: bool = True):
-        """`plain` says that the sampler runs without churn, which would put noise between two steps."""
+                 plain: bool = True, guidance: float = 1.0):
+        """`plain` says that the sampler runs without churn, which would put noise between two steps; `guidance` is the CFG scale."""
         self.family, self.level = family, settings.level.resolve(settings.policy)
         self.clock = Clock(sigmas, flow)
         steady = sampler in DETERMINISTIC
@@ -68,7 +68,7 @@ class Run:
             self.report.add_reason(f"{sampler} may add noise or build errors up, so at most one skip in a row")
         solver = SOLVERS.get(sampler) if getattr(self.level, "look_back", False) and plain else None
         governor = Governor(start_sigma, end_sigma, settings.max_consecutive_skips if steady else min(settings.max_consecutive_skips, 1))
-        self.cache = StepCache(settings.policy, candidates, governor, self.report, settings.correction.start(), solver and LookBack(solver, sigmas))
+        self.cache = StepCache(settings.policy, candidates, governor, self.report, settings.correction.start(), solver and LookBack(solver, sigmas), guidance)
         refuses = getattr(settings.policy, "refuses", None)
         if refuses is not None and (why := refuses(family.name, self.clock.steps, sampler)):
             self.cache.give_up(f"{why}, so everything is computed")
@@ -93,7 +93,7 @@ class Run:
         """Go on at a safer level, from an empty history."""
         self.level, self.report.level = level, level.name
         self.report.add_reason(why)
-        self.cache.looks_back(None)
+        self.cache.look_back_no_more()
         self.cache.forget()
 
     def finish(self) -> None:

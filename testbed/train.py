@@ -5,9 +5,10 @@
     python3 -m testbed.train taesd  --emoji DIR --out testbed/models/taef1_tiny.safetensors
     python3 -m testbed.train zimage-drawn     --out testbed/models/tiny_z_image_trained128.safetensors
 
-DIR holds the two npm archives that data.py names; zimage-drawn sees procedural pictures alone, new ones at every step. Every step draws its data from a generator seeded with the
-step's number, so a run is the same whether or not it was stopped and resumed (`--state`). The learning rate warms
-up, stays, and decays at the end (PLANS). CPU or GPU; on one CPU core about 38, 25, 16 and 30 minutes.
+DIR holds the two npm archives that data.py names; zimage-drawn sees procedural pictures alone, new ones at every step.
+Every step draws its data from a generator seeded with the step's number, so a run is the same whether or not it was
+stopped and resumed (`--state`). The learning rate warms up, stays, and decays at the end (PLANS). CPU or GPU; on one
+CPU core about 38, 25, 16 and 30 minutes.
 """
 import argparse
 import json

@@ -10,7 +10,7 @@ from ..report import Evaluation, Report
 from ..step import Step
 from ..store import SAME_PLACE, Row, Snapshot, Store
 from .corrections import Correcting, Guess
-from .error_budget import HANDED_ON, HANDED_ON_LOOKED_BACK, ErrorBudget
+from .error_budget import NOT_LOOKED_BACK, ErrorBudget
 from .governor import Governor
 from .hindcast import Hindcast, dot_products, sampled
 from .look_back import LookBack
@@ -27,7 +27,7 @@ class StepCache:
     begin(step) ... the level calls `skips`, `predict`, `learn` and `ran` ... finish(), or nothing after an exception.
     """
 
-    def __init__(self, policy: Policy, candidates, governor: Governor, report: Report, correcting: Correcting | None = None, look_back: LookBack | None = None):
+    def __init__(self, policy: Policy, candidates, governor: Governor, report: Report, correcting: Correcting | None = None, look_back: LookBack | None = None, guidance: float = 1.0):
         self.policy, self.governor, self.report = policy, governor, report
         self.hindcast, self.correcting = Hindcast(candidates), correcting
         depth = max(candidate.depth for candidate in self.hindcast.candidates)
@@ -35,8 +35,7 @@ class StepCache:
         self.grams: dict[Row, tuple[list[int], Gram]] = {}     # dot products of a row's snapshots, and whose they are
         self.computed: deque[Step] = deque(maxlen=depth)
         self.lock = threading.Lock()         # the host may evaluate conditions in several threads, one per GPU
-        self.skipped_in_a_row, self.budget = 0, ErrorBudget()
-        self.looks_back(look_back)
+        self.skipped_in_a_row, self.look_back, self.budget = 0, look_back, ErrorBudget(guidance, look_back is not None)
         self.broken = ""                     # why everything is computed from here on
         self.restart = ""                    # why the history begins anew at the next evaluation
         self.watch = Watch(signal_of(policy))
@@ -191,10 +190,10 @@ class StepCache:
         with self.lock:
             self.shares += [share] * rows
 
-    def looks_back(self, look_back: LookBack | None) -> None:
-        """How much of an error the end of the run sees depends on whether computed steps make up for it."""
-        self.look_back = look_back
-        self.budget.handed_on = HANDED_ON if look_back is None else HANDED_ON_LOOKED_BACK
+    def look_back_no_more(self) -> None:
+        """From here on the end of the run sees more of an error, because computed steps do not make up for it."""
+        if self.look_back is not None:
+            self.look_back, self.budget.handed_on = None, self.budget.handed_on * NOT_LOOKED_BACK
 
     # the run ---------------------------------------------------------------------------------------------------------
     def give_up(self, why: str) -> None:
@@ -220,6 +219,6 @@ class StepCache:
 
     def close(self) -> None:
         self.report.estimated_error = self.budget.total if len(self.report.each) > self.report.computed else None
-        self.report.cache_bytes = self.store.peak + self.watch.peak + (0 if self.look_back is None else self.look_back.peak) + (0 if self.correcting is None else self.correcting.peak)
+        self.report.cache_bytes = sum(part.peak for part in (self.store, self.watch, self.look_back, self.correcting) if part is not None)
         self.forget()
         self.watch.close()
