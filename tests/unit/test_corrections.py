@@ -292,6 +292,7 @@ def stepped(correcting, candidates=(HOLD,), skipped=(4, 5), until=8, values=None
     """A cache run by hand. Gives it and what stood in, by evaluation."""
     clock = Clock([1 - n / 20 for n in range(21)], flow=True)
     cache, out = StepCache(policy or Skips(skipped), candidates, Governor(2.0, 0.0, 9), Report(), correcting), {}
+    cache.budget.scale = 1.0        # as if a denoised latent had been weighed
     for n in range(until):
         cache.begin(clock.tick(1 - n / 20))
         for one in rows or (row(shape),):

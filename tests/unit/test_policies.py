@@ -115,7 +115,9 @@ def test_a_policy_that_refuses_a_run_skips_nothing_in_it_and_says_why_in_one_sen
 
 def test_error_control_skips_while_the_sum_of_expected_errors_fits():
     policy = ErrorControl(tolerance=0.03)
-    assert policy.skip(view(predicted=0.02, owed=0.005)) and not policy.skip(view(predicted=0.02, owed=0.011))
+    share = 0.03 * math.sqrt(2 / 20)      # of one skip among 20 steps
+    assert policy.skip(view(predicted=share * 0.7, owed=share * 0.29)) and not policy.skip(view(predicted=share * 0.7, owed=share * 0.31))
+    assert policy.skip(view(predicted=share * 1.2, owed=0.0, skipped=1)), "a longer group may use up more"
     assert not policy.skip(view(predicted=None)) and not policy.skip(view(predicted=float("inf"))) and not policy.skip(view(predicted=float("nan")))
     assert not ErrorControl(tolerance=0.0).skip(view(predicted=0.0))
 
