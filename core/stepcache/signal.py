@@ -101,8 +101,8 @@ class Watch:
         self.count()
 
     def learn(self, row: Row, output: Tensor) -> None:
-        """The output that was computed for a row of the main pass."""
-        if self.signal in WITH_OUTPUT and row.ordinal == 0 and (self.output is None or row == self.row):
+        """The output that was computed for a row, for that of the signal if it comes at all."""
+        if self.signal in WITH_OUTPUT and (self.output is None or row == self.row):
             self.output = (row, sampled(output).clone())
             self.count()
 
@@ -122,8 +122,7 @@ class Watch:
             self.forget()
             self.row = row
         if (output if self.signal == OUTPUT else self.now) is None:
-            self.forget()       # nobody showed it: what is known does not reach up to here
-            return
+            return      # nobody showed it, so the next one to be seen finds nothing that it could be compared with
         if self.computed and abs(self.computed[-1].step.place - self.step.place) < SAME_PLACE:
             self.computed.pop()
         self.computed.append(Node(self.step, self.now, output if row == self.row else None))

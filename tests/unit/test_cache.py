@@ -137,8 +137,10 @@ def test_a_closed_cache_holds_no_tensor_and_knows_its_peak():
     b = bench(Always("first block"), candidates=(DividedDifferences(1),))
     b.step(ROW, OTHER, signals=(torch.ones(3),))
     b.step(ROW, OTHER, signals=(torch.ones(3),))
+    b.cache.begin(b.clock.tick(SIGMAS[b.n]))
+    b.cache.skips(torch.ones(3))        # and here the run breaks off
     b.cache.close()
-    assert b.cache.report.cache_bytes == 4 * 4 * 4 + 2 * 3 * 4 and b.cache.store.bytes == 0
+    assert b.cache.report.cache_bytes == 4 * 4 * 4 + 3 * 3 * 4 and b.cache.store.bytes == 0
     watch = b.cache.watch
     assert watch.before is watch.now is watch.output is None and not watch.computed and not watch.moves and not watch.known
     assert not b.cache.hindcast.waiting

@@ -180,6 +180,13 @@ def test_teacache_takes_the_polynomial_of_the_family_and_knows_when_there_is_non
     assert TeaCache(coefficients="wan2.1_t2v_14B").refuses("wan", 20, "euler") == ""
 
 
+def test_teacache_at_zero_skips_nothing_even_where_a_polynomial_falls_below_zero():
+    for name in COEFFICIENTS.sets:
+        for drift in (0.0, 0.05, 0.1, 0.2, 0.4):
+            assert not TeaCache(0.0, name).skip(view(signal=Signal(changes=(drift,))))
+    assert np.poly1d(COEFFICIENTS.sets["wan2.1_t2v_14B"]["coefficients"])(0.05) < 0, "else this proves nothing"
+
+
 def easycache_loop(threshold, warm_up, inputs, outputs, forced):
     """The published loop: previous input and output, and the rate, live on from call to call."""
     k = previous_input = previous_output = input_at_computed = None
