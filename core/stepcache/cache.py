@@ -27,7 +27,8 @@ class StepCache:
     begin(step) ... the level calls `skips`, `predict`, `learn` and `ran` ... finish(), or nothing after an exception.
     """
 
-    def __init__(self, policy: Policy, candidates, governor: Governor, report: Report, correcting: Correcting | None = None, look_back: LookBack | None = None, guidance: float = 1.0):
+    def __init__(self, policy: Policy, candidates, governor: Governor, report: Report, correcting: Correcting | None = None,
+                 look_back: LookBack | None = None, guidance: float = 1.0):
         self.policy, self.governor, self.report = policy, governor, report
         self.hindcast, self.correcting = Hindcast(candidates), correcting
         depth = max(candidate.depth for candidate in self.hindcast.candidates)
