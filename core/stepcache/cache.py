@@ -6,11 +6,12 @@ from collections import deque
 from torch import Tensor
 
 from ...kernels.combine import combine
+from ...kernels.drift import relative_error, sampled
 from ..report import Evaluation, Report
 from ..step import Step
 from ..store import SAME_PLACE, Row, Snapshot, Store
 from .governor import Governor
-from .hindcast import Hindcast, relative_error, sampled
+from .hindcast import Hindcast
 from .policies import Policy, View
 from .predictors.hold import Hold
 

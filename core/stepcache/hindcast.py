@@ -8,23 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...kernels.combine import combine
+from ...kernels.combine import combine_error
+from ...kernels.drift import relative_error, sampled
 from ..step import Step
 from ..store import SAME_PLACE, Snapshot
 
 AGAIN = "again"   # the name under which a second evaluation at the same sigma is scored
-SAMPLE = 1 << 18  # elements looked at, more than enough for a mean
-
-
-def sampled(value: Tensor) -> Tensor:
-    """A strided view of at most about SAMPLE elements; the odd stride walks through all channels."""
-    flat = value.reshape(-1)
-    return flat[:: (flat.numel() // SAMPLE) | 1]
-
-
-def relative_error(predicted: Tensor, actual: Tensor) -> Tensor:
-    """0-d, fp32, still on the device."""
-    return (predicted.float() - actual.float()).abs().mean() / actual.float().abs().mean().clamp_min(1e-12)
 
 
 class Hindcast:
@@ -42,16 +31,15 @@ class Hindcast:
         Heun and its kin come back to the same sigma with another x. Nothing can be learnt there about how errors grow
         with distance, so that is scored by itself: how far off is it to take the first result for the second?
         """
-        seen = sampled(actual)
         if abs(step.place - past[-1].step.place) < SAME_PLACE:
-            self.waiting.append((AGAIN, 1.0, relative_error(sampled(past[-1].value), seen)))
+            self.waiting.append((AGAIN, 1.0, relative_error(sampled(past[-1].value), sampled(actual))))
             return
         for candidate in self.candidates:
             if len(past) >= candidate.history:
                 used = past[-candidate.history:]
                 steps = [snapshot.step for snapshot in used]
-                guess = combine(candidate.weights(steps, step), [sampled(snapshot.value) for snapshot in used])
-                self.waiting.append((candidate, candidate.reach(steps, step), relative_error(guess, seen)))
+                error = combine_error(candidate.weights(steps, step), [snapshot.value for snapshot in used], actual)
+                self.waiting.append((candidate, candidate.reach(steps, step), error))
 
     def settle(self, best) -> None:
         """Read the scores back, in one transfer, and remember them. `best` is the candidate that would have been used."""

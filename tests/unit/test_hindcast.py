@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from pack.core.step import Clock
-from pack.core.stepcache.hindcast import SAMPLE, Hindcast, relative_error, sampled
+from pack.core.stepcache.hindcast import Hindcast, relative_error, sampled
 from pack.core.stepcache.predictors.divided_differences import DividedDifferences
 from pack.core.stepcache.predictors.hold import Hold
 from pack.core.store import Snapshot
+from pack.kernels.drift import SAMPLE
 
 CLOCK = Clock([1 - n / 20 for n in range(21)], flow=True)
 STEPS = [CLOCK.tick(1 - n / 20) for n in range(20)]
