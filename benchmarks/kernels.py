@@ -54,7 +54,7 @@ def correctness(small: bool) -> list[str]:
 
 
 def microseconds(call) -> float:
-    from triton.testing import do_bench    # it empties the cache of the GPU between calls
+    from triton.testing import do_bench  # it empties the cache of the GPU between calls
 
     return 1000 * do_bench(call, quantiles=[0.5])
 
