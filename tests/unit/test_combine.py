@@ -91,7 +91,6 @@ def test_one_snapshot_at_weight_one_is_itself_bit_for_bit(way, dtype):
     (only,) = snapshots(1, dtype)
     with through(way):
         assert torch.equal(combine([1.0], [only]), only)
-        assert torch.equal(combine([1], [only]), only), "a weight that is a whole number is a weight too"
 
 
 @WAYS
@@ -172,8 +171,8 @@ def test_the_error_is_the_drift_of_what_combine_would_return(way, dtype, samples
 @WAYS
 def test_the_drift_from_nothing_is_finite_and_from_not_a_number_is_none(way):
     (value,) = snapshots(1, torch.float32)
-    with through(way):
-        assert combine([1.0], [value], against=torch.zeros_like(value))[1].isfinite()
+    with through(way, samples=20):
+        assert combine([1.0], [value], against=torch.zeros_like(value))[1].item() == pytest.approx(sampled(value).abs().mean().item() / drift.FLOOR)
         assert combine_error([1.0], [value * torch.nan], value).isnan()
 
 
@@ -247,13 +246,13 @@ def test_a_launch_copies_nothing_waits_for_nothing_and_is_given_the_tensors_them
     past, (anchor, against) = snapshots(3, dtype), snapshots(2, torch.float16, seed=1)
     kernel = mock.MagicMock()
     with through("triton"), mock.patch.object(module, "_combine_kernel", kernel), Operations() as done:
-        out, _ = combine([1.0, -2.0, 3.0], past, anchor, out_dtype=torch.float16, against=against)
-        combine_error([1.0, -2.0, 3.0], past, against)
+        out, _ = combine([1, -2, 3.0], past, anchor, out_dtype=torch.float16, against=against)
+        combine_error([1, -2, 3.0], past, against)
     assert done.names <= {"empty", "empty_like", "view", "detach", "sum", "div", "select", "clamp_min"}
     for call, made in zip(kernel.__getitem__.return_value.call_args_list, ((anchor, against, out), (None, against, None)), strict=True):
         values = call.args
         assert [value.data_ptr() for value in values[:3]] == [value.data_ptr() for value in past]
-        assert values[8:11] == (1.0, -2.0, 3.0) and all(type(value) is float for value in values[8:16])
+        assert values[8:11] == (1.0, -2.0, 3.0) and all(type(value) is float for value in values[8:16]), "each other type is compiled anew"
         assert all(a is b for a, b in zip(values[16:19], made, strict=True)) and call.kwargs["K"] == 3
 
 
