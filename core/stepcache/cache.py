@@ -6,13 +6,14 @@ from collections import deque
 from torch import Tensor
 
 from ...kernels.combine import combine
+from ...kernels.drift import relative_error, sampled
 from ..report import Evaluation, Report
 from ..step import Step
 from ..store import SAME_PLACE, Row, Snapshot, Store
 from .corrections import Correcting, Guess
 from .error_budget import NOT_LOOKED_BACK, ErrorBudget
 from .governor import Governor
-from .hindcast import Hindcast, dot_products, sampled
+from .hindcast import Hindcast, dot_products
 from .look_back import LookBack
 from .policies import Policy, View
 from .predictors import Gram, Predictor

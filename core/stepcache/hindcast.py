@@ -9,7 +9,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from ...kernels.combine import combine
+from ...kernels.combine import combine, combine_error
+from ...kernels.drift import relative_error, sampled
 from ..step import Step
 from ..store import SAME_PLACE, Snapshot
 from .predictors.base import Gram, weighed
@@ -18,26 +19,14 @@ from .predictors.divided_differences import lagrange
 # names under which other things than candidates are scored: a second evaluation at the same sigma, the group of skips that
 # a computed step ends, and the size of d against that of the denoised latent
 AGAIN, GROUP, SCALE = "again", "group", "scale"
-SAMPLE = 1 << 18  # elements looked at, more than enough for a mean
 FEW = 1 << 14     # enough for the dot products of a few snapshots, which travel to the CPU
 NOTHING: Mapping[object, Tensor] = MappingProxyType({})
-
-
-def sampled(value: Tensor, most: int = SAMPLE) -> Tensor:
-    """A strided view of at most about twice `most` elements; the odd stride walks through all channels."""
-    flat = value.reshape(-1)
-    return flat[:: (flat.numel() // most) | 1]
 
 
 def dot_products(past: Sequence[Snapshot]) -> Gram:
     """<H_i, H_j> of snapshots over the same sample of their elements, in fp64, in one transfer."""
     seen = torch.stack([sampled(snapshot.value, FEW).float() for snapshot in past]).cpu().double()
     return (seen @ seen.T).tolist()
-
-
-def relative_error(predicted: Tensor, actual: Tensor) -> Tensor:
-    """0-d, fp32, still on the device."""
-    return (predicted.float() - actual.float()).abs().mean() / actual.float().abs().mean().clamp_min(1e-12)
 
 
 class Hindcast:
@@ -64,15 +53,17 @@ class Hindcast:
         Heun and its kin come back to the same sigma with another x. Nothing can be learnt there about how errors grow
         with distance, so that is scored by itself: how far off is it to take the first result for the second?
         """
-        seen = sampled(actual)
         if abs(step.place - past[-1].step.place) < SAME_PLACE:
-            self.waiting.append((AGAIN, 1.0, relative_error(sampled(past[-1].value), seen)))
+            self.waiting.append((AGAIN, 1.0, relative_error(sampled(past[-1].value), sampled(actual))))
             return
         for candidate in self.candidates:
             if len(past) >= candidate.history:
                 used, weights = weighed(candidate, past, step, gram)
-                guess = combine(weights, [sampled(snapshot.value) for snapshot in used]) if candidate not in said else sampled(said[candidate])
-                self.waiting.append((candidate, candidate.reach([snapshot.step for snapshot in used], step), relative_error(guess, seen)))
+                if candidate in said:
+                    error = relative_error(sampled(said[candidate]), seen)
+                else:
+                    error = combine_error(weights, [snapshot.value for snapshot in used], actual)
+                self.waiting.append((candidate, candidate.reach([snapshot.step for snapshot in used], step), error))
 
     def measure(self, row, past: Sequence[Snapshot], step: Step, actual: Tensor) -> None:
         """What the skips before this computed step got wrong: |sum of gap (H~ - H')| / |H|.

@@ -5,13 +5,14 @@ import pytest
 import torch
 
 from pack.core.step import Clock
-from pack.core.stepcache.hindcast import FEW, SAMPLE, Hindcast, dot_products, relative_error, sampled
+from pack.core.stepcache.hindcast import FEW, Hindcast, dot_products, relative_error, sampled
 from pack.core.stepcache.predictors import PREDICTORS
 from pack.core.stepcache.predictors.divided_differences import DividedDifferences
 from pack.core.stepcache.predictors.dmd import DynamicModes
 from pack.core.stepcache.predictors.hold import Hold
 from pack.core.stepcache.predictors.taylor import Taylor
 from pack.core.store import Snapshot
+from pack.kernels.drift import SAMPLE
 
 CLOCK = Clock([1 - n / 20 for n in range(21)], flow=True)
 STEPS = [CLOCK.tick(1 - n / 20) for n in range(20)]
