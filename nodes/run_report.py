@@ -75,3 +75,6 @@ def behind(graph, node_id: str, name: str) -> set[str]:
 
 def links(inputs: dict) -> list[str]:
     return [value[0] for value in inputs.values() if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)]
+
+
+NODES = [RunReport]
