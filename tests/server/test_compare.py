@@ -21,8 +21,8 @@ def graph(object_info) -> dict:
     prompt = read_workflow(WORKFLOWS[0], object_info)
     [cache] = keys(prompt, "Reprise_StepCache")
     # coarse enough that 8 bits do not matter: the pictures that are measured here are those that were saved
-    prompt[cache]["inputs"] = {"model": prompt[cache]["inputs"]["model"], "preset": "custom", "policy": "interval", "policy.interval": 6,
-                               "predictor": "hold", "max_consecutive_skips": 5}
+    prompt[cache]["inputs"] = {"model": prompt[cache]["inputs"]["model"], "preset": "custom", "policy": "interval", "policy.interval": 20, "policy.warm_up": 1,
+                               "predictor": "hold", "max_consecutive_skips": 50}
     [sampler], [decode], [save] = keys(prompt, "KSampler"), keys(prompt, "VAEDecode"), keys(prompt, "SaveImage")
     plain = {key: deepcopy(prompt[key]) for key in (cache, sampler, decode, save)}
     for node in plain.values():
