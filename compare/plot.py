@@ -70,7 +70,7 @@ def draw_strip(canvas: Canvas, report: Report, top: int) -> None:
     for number, each in enumerate(report.each):
         left = LEFT + number * wide
         canvas.box(left, top, left + wide - gap, top + STRIP, LEFT_OUT)
-        ran = STRIP * min(max(each.share, 0.0), 1.0)
+        ran = STRIP * each.share
         if ran >= 0.5:
             canvas.box(left, top + STRIP - ran, left + wide - gap, top + STRIP, COMPUTED)
 

@@ -16,7 +16,7 @@ def described(report: Report) -> str:
 
 
 def setting(report: Report) -> str:
-    parts = [f"{report.model}, {report.sampler}, {report.steps} steps", f"level {report.level}", f"cache {report.cache_bytes / 2 ** 20:.1f} MiB"]
+    parts = [f"{report.model}, {report.sampler}, {report.steps} steps", f"level {report.level}", f"cache {report.cache_bytes / 2 ** 20:.2f} MiB"]
     for name, value in report.settings.items():
         if isinstance(value, dict):
             knobs = ", ".join(f"{knob} {told}" for knob, told in value.items() if knob != "name")

@@ -1,4 +1,7 @@
 """What may be compared, what is refused in one sentence, and the sheets that show it."""
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
@@ -69,9 +72,10 @@ def test_inputs_stay_as_they_were():
     assert a.equal(kept[0]) and b.equal(kept[1])
 
 
-def test_each_picture_has_a_sheet_and_all_sheets_one_size():
+def test_each_picture_has_a_sheet_and_all_sheets_one_size(monkeypatch):
+    monkeypatch.setitem(sys.modules, "piq", SimpleNamespace(haarpsi=lambda a, b: torch.tensor(0.5), mdsi=lambda a, b: torch.tensor(0.5)))
     a, b = batch(3), batch(3, seed=1)
-    b[1] = a[1]     # its caption is another length
+    b[1] = a[1]     # its caption is longer, so that its font is smaller and the sheet lower
     done = []
     found = compare(a, b, progress=done.append)
     assert len(found.sheets) == 3 and len({sheet.size for sheet in found.sheets}) == 1 and done == [1, 2, 3]
