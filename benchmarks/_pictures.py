@@ -1,5 +1,4 @@
 """The pictures that step caching is measured on: which model, which captions, which noise, and how far two results are apart."""
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +8,12 @@ import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 from torch import Tensor
 
+from pack.compare import metrics
 from testbed import captions, procedural
 from testbed.nodes.patch_vae import PatchVAE
 from testbed.nodes.text import encode
 
 MODELS = Path(__file__).resolve().parent.parent / "testbed" / "models"
-EXACT = 120.0    # dB, for pictures that are equal
 
 
 @dataclass(frozen=True)
@@ -59,5 +58,4 @@ def sample(patcher, caption: str, noise: Tensor, steps: int, cfg: float, sampler
 
 def psnr(latent: Tensor, reference: Tensor) -> float:
     """dB between the decoded, clamped pictures, peak 1."""
-    error = (VAE.decode(latent) - VAE.decode(reference)).square().mean().item()
-    return EXACT if error < 1e-12 else -10 * math.log10(error)
+    return metrics.psnr(VAE.decode(latent), VAE.decode(reference))

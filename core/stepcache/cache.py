@@ -6,7 +6,7 @@ from collections import deque
 from torch import Tensor
 
 from ...kernels.combine import combine
-from ...kernels.drift import relative_error, sampled
+from ...kernels.drift import sampled
 from ..report import Evaluation, Report
 from ..step import Step
 from ..store import SAME_PLACE, Row, Snapshot, Store

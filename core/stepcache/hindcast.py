@@ -60,7 +60,7 @@ class Hindcast:
             if len(past) >= candidate.history:
                 used, weights = weighed(candidate, past, step, gram)
                 if candidate in said:
-                    error = relative_error(sampled(said[candidate]), seen)
+                    error = relative_error(sampled(said[candidate]), sampled(actual))
                 else:
                     error = combine_error(weights, [snapshot.value for snapshot in used], actual)
                 self.waiting.append((candidate, candidate.reach([snapshot.step for snapshot in used], step), error))
