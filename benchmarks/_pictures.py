@@ -1,4 +1,5 @@
 """The pictures that step caching is measured on: which model, which captions, which noise, and how far two results are apart."""
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,12 +49,20 @@ SUBJECTS = (
 VAE = PatchVAE()
 
 
+def conditions(captions: Sequence[str]) -> tuple[list, list]:
+    """Positive and negative, one entry each, with a row per caption; the negative is what the models were trained on as "no caption"."""
+    tokens, pooled = (torch.cat(parts) for parts in zip(*map(encode, captions), strict=True))
+    return ([[tokens, {"pooled_output": pooled, "guidance": 3.5}]],
+            [[torch.zeros_like(tokens), {"pooled_output": torch.zeros_like(pooled), "guidance": 3.5}]])
+
+
 def sample(patcher, caption: str, noise: Tensor, steps: int, cfg: float, sampler: str) -> Tensor:
-    tokens, pooled = encode(caption)
-    positive = [[tokens, {"pooled_output": pooled, "guidance": 3.5}]]
-    negative = [[torch.zeros_like(tokens), {"pooled_output": torch.zeros_like(pooled), "guidance": 3.5}]]
+    return sample_under(patcher, conditions([caption]), noise, steps, cfg, sampler)
+
+
+def sample_under(patcher, conds: tuple[list, list], noise: Tensor, steps: int, cfg: float, sampler: str) -> Tensor:
     with torch.inference_mode():
-        return comfy.sample.sample(patcher, noise, steps, cfg, sampler, "simple", positive, negative, torch.zeros_like(noise), disable_pbar=True, seed=1)
+        return comfy.sample.sample(patcher, noise, steps, cfg, sampler, "simple", *conds, torch.zeros_like(noise), disable_pbar=True, seed=1)
 
 
 def psnr(latent: Tensor, reference: Tensor) -> float:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pack.core.step import Clock
-from pack.core.stepcache.hindcast import SAMPLE
+from pack.kernels.drift import SAMPLE
 from pack.core.stepcache.signal import FIRST_BLOCK, MODEL_INPUT, MODULATED_INPUT, NOTHING, OUTPUT, Watch
 from pack.core.store import Row
 
