@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from pack.core.step import Clock
-from pack.kernels.drift import SAMPLE
 from pack.core.stepcache.signal import FIRST_BLOCK, MODEL_INPUT, MODULATED_INPUT, NOTHING, OUTPUT, Watch
 from pack.core.store import Row
+from pack.kernels.drift import SAMPLE
 
 SIGMAS = [1 - n / 30 for n in range(31)]
 ROW = Row("cpu", 0, "uuid", 0, None, (1, 6))
