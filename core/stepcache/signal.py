@@ -116,13 +116,11 @@ class Watch:
         self.begin(None)
 
     def keep(self) -> None:
-        """A computed step joins the history."""
+        """A computed step joins the history. Where nobody showed its signal, the next one to be seen begins a new history."""
         row, output = self.output or (None, None)
         if self.signal == OUTPUT and row != self.row:
             self.forget()
             self.row = row
-        if (output if self.signal == OUTPUT else self.now) is None:
-            return      # nobody showed it, so the next one to be seen finds nothing that it could be compared with
         if self.computed and abs(self.computed[-1].step.place - self.step.place) < SAME_PLACE:
             self.computed.pop()
         self.computed.append(Node(self.step, self.now, output if row == self.row else None))

@@ -374,6 +374,7 @@ def test_a_schedule_of_runs_computes_and_skips_in_turn():
 def test_a_schedule_for_another_number_of_steps_is_refused():
     own = Schedule("custom", "1,1,0,1")
     assert own.refuses("flux", 20, "euler") == "the schedule is one of 4 steps and the run has 20" and own.refuses("flux", 4, "euler") == ""
+    assert not any(own.skip(view(n, (0,))) for n in range(1, 20))
     assert Schedule("slow", "1,1,0,1").refuses("flux", 20, "euler") == "", "the list is not used"
     with pytest.raises(ValueError, match="step 20 is to be computed and the run has steps 0 to 19"):
         Schedule.of((0, 20), 20)
