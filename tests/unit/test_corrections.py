@@ -97,18 +97,19 @@ def spread(value):
     return value.flatten(1).std(1, correction=0).view(-1, *[1] * (value.ndim - 1))
 
 
+@pytest.mark.parametrize("where", [("value",), ("actual",), ("last",), ("value", "actual", "last")], ids=" and ".join)
 @pytest.mark.parametrize("spoilt", [float("nan"), float("inf"), 0.0, 1e30])
 @pytest.mark.parametrize("correction", ACTIVE.values(), ids=ACTIVE)
-def test_a_spoilt_snapshot_or_guess_does_not_spoil_what_follows(correction, spoilt):
+def test_a_spoilt_snapshot_or_guess_does_not_spoil_what_follows(correction, spoilt, where):
     state = correction().start()
-    for at, bad in ((0, False), (3, True), (6, False), (9, False)):
-        value, actual = noise(at), noise(at + 1)
-        if bad:
-            value.fill_(spoilt)
-            actual.fill_(spoilt)
-        said = guess(value, at)
-        state.learn(said.row, said.step, actual, [said])
-    assert state.apply(guess(noise(5), at=11)).isfinite().all()
+    for at in (0, 3, 6, 9):
+        made = {"value": noise(at), "actual": noise(at + 1), "last": noise(at + 2)}
+        if at == 3:
+            made |= {name: torch.full(LATENT, spoilt) for name in where}
+        said = guess(made["value"], at, last=made["last"])
+        state.learn(said.row, said.step, made["actual"], [said])
+    out = state.apply(guess(noise(5), at=11, last=noise(6)))
+    assert out.isfinite().all() and (spoilt == 1e30 or out.abs().max() < 100)
 
 
 @pytest.mark.parametrize("correction", ACTIVE.values(), ids=ACTIVE)

@@ -320,6 +320,12 @@ def test_dynamic_modes_fall_to_a_line_on_uneven_ground_and_without_dot_products(
     assert DynamicModes().weights(even, STEPS[9], dot_products(snapshots(even, path))) != pytest.approx([0, 0, *line], abs=0.01)
 
 
+def test_of_more_snapshots_than_it_uses_a_predictor_takes_the_newest_with_their_own_dot_products():
+    past = snapshots(STEPS[:9], exponentials((0.9, 0.6), 1))
+    used, weights = weighed(DynamicModes(), past, STEPS[10], dot_products(past))
+    assert used == past[-6:] and weights == pytest.approx(weighed(DynamicModes(), past[-6:], STEPS[10], dot_products(past[-6:]))[1], rel=1e-6)
+
+
 def test_a_mode_below_the_rank_tolerance_is_left_out():
     path, faint = exponentials((0.9,), 1), exponentials((0.5,), 2)
     past = snapshots(STEPS[:4], lambda n: path(n) + 1e-3 * faint(n))
