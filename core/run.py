@@ -56,8 +56,8 @@ class Run:
             level=self.level.name, settings=settings.as_dict())
         if not steady:
             self.report.add_reason(f"{sampler} may add noise or build errors up, so at most one skip in a row")
-        governor = Governor(start_sigma, end_sigma, settings.max_consecutive_skips if steady else min(settings.max_consecutive_skips, 1))
-        self.cache = StepCache(settings.policy, candidates, governor, self.report)
+        most = settings.max_consecutive_skips if steady else min(settings.max_consecutive_skips, 1)
+        self.cache = StepCache(settings.policy, candidates, Governor(start_sigma, end_sigma, most, family.warm_up), self.report)
         self.begun: float | None = None     # when the first evaluation began; models were loaded before
         self.ordinals: Counter = Counter()
         self.ordinal: int | None = None     # none outside an evaluation, and before the host comes to its conditions
@@ -80,6 +80,14 @@ class Run:
         self.level, self.report.level = level, level.name
         self.report.add_reason(why)
         self.cache.forget()
+
+    def without_blocks(self, level: Level, why: str) -> None:
+        """Go on at a level that needs no blocks, and compute everything where the policy must see them."""
+        policy = self.cache.policy
+        if policy.needs_forward:
+            self.cache.give_up(f"{why}, and policy '{policy.name}' must see its blocks, so everything is computed")
+        else:
+            self.fall_back(level, f"{why}, so {level.name} is skipped instead of blocks")
 
     def finish(self) -> None:
         self.ordinal, self.inside = None, False
