@@ -88,7 +88,9 @@ def open_run(settings: Settings, guider, sampler, sigmas) -> tuple[Run | None, R
     schedule = sigmas.tolist()
     start, end = (float(space.percent_to_sigma(percent)) for percent in (settings.start_percent, settings.end_percent))
     flow = isinstance(space, comfy.model_sampling.CONST)
-    run = Run(settings, family, schedule, flow, name, math.inf if settings.start_percent <= 0 else start, end if settings.end_percent < 1 else 0.0)
+    plain = not getattr(sampler, "extra_options", {}).get("s_churn", 0.0)
+    run = Run(settings, family, schedule, flow, name, math.inf if settings.start_percent <= 0 else start, end if settings.end_percent < 1 else 0.0,
+              plain, float(getattr(guider, "cfg", 1.0)))
     if isinstance(run.level, BlockRange) and not family.stacks:
         run.without_blocks(GuidedOutput(), f"{family.name} is of no known model family")
     return run, run.report
@@ -110,6 +112,7 @@ def predict_noise(executor, x, timestep, model_options=None, seed=None):
         denoised = run.level.evaluate(run.cache, call, lambda: executor(x, timestep, model_options, seed))
     else:
         denoised = executor(x, timestep, model_options, seed)
+    run.cache.weigh(x, denoised)
     run.finish()
     return denoised
 

@@ -109,10 +109,11 @@ class Gate:
 
     name = "gate"
     needs_forward = True
+    signal = "first block"
     shown: list = field(default_factory=list, compare=False)
 
     def skip(self, view):
-        self.shown.append((view.step.evaluation, view.drift))
+        self.shown.append((view.step.evaluation, view.signal.drift))
         return view.step.evaluation >= 4 and view.step.evaluation % 2 == 0
 
 

@@ -18,7 +18,7 @@ LAYERS = (
     ("", 5),
 )
 NODES_MAY_SEE = ("core.attach", "core.presets", "core.run", "core.registry", "core.knob", "core.report", "core.stepcache.policies",
-                 "core.stepcache.predictors", "core.stepcache.levels", "nodes")
+                 "core.stepcache.corrections", "core.stepcache.predictors", "core.stepcache.levels", "nodes")
 SYSTEMS = ("core.stepcache", "core.reference", "core.quant")
 MAY_IMPORT_COMFY = ("core.attach", "core.run", "core.quant", "core.reference", "core.stepcache.calibrate")
 HOST = ("comfy", "comfy_api", "comfy_extras", "comfy_execution", "nodes", "folder_paths", "execution", "latent_preview")
