@@ -14,12 +14,12 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_execution.utils import get_executing_context
 
-from .families import FAMILIES, family_of
+from .families import Family, Unfamiliar, family_of
 from .report import Report
 from .run import Run, Settings
 from .runs import Runs
 from .stepcache.governor import stand_down
-from .stepcache.levels import Blocks, Call, ModelOutput, Seam
+from .stepcache.levels import BlockRange, Blocks, Call, GuidedOutput, ModelOutput, Seam
 from .store import Row
 
 log = logging.getLogger("reprise")
@@ -91,13 +91,11 @@ def open_run(settings: Settings, guider, sampler, sigmas) -> tuple[Run | None, R
     options = guider.model_options["transformer_options"]
     name = getattr(getattr(sampler, "sampler_function", None), "__name__", type(sampler).__name__).removeprefix("sample_")
     network = guider.model_patcher.model.diffusion_model
-    family = family_of(network)
+    family = family_of(network) or Family(type(network).__name__)
     wrappers = {key for kind in options.get("wrappers", {}).values() for key, entries in kind.items() if entries}
-    reason = stand_down(len(sigmas) - 1, wrappers, set(options), type(network).__name__)
-    if family is None and not reason:
-        reason = f"{type(network).__name__} is of no known model family ({', '.join(FAMILIES)}); sampling runs as without the node"
+    reason = stand_down(len(sigmas) - 1, wrappers, set(options), type(network).__name__, sampler=name)
     if reason:
-        return None, Report(state="off", reason=reason, model=family.name if family else type(network).__name__, sampler=name, steps=len(sigmas) - 1)
+        return None, Report(state="off", reason=reason, model=family.name, sampler=name, steps=len(sigmas) - 1)
     space = guider.model_patcher.get_model_object("model_sampling")
     schedule = sigmas.tolist()
     start, end = (float(space.percent_to_sigma(percent)) for percent in (settings.start_percent, settings.end_percent))
@@ -105,6 +103,8 @@ def open_run(settings: Settings, guider, sampler, sigmas) -> tuple[Run | None, R
     plain = not getattr(sampler, "extra_options", {}).get("s_churn", 0.0)
     run = Run(settings, family, schedule, flow, name, math.inf if settings.start_percent <= 0 else start, end if settings.end_percent < 1 else 0.0,
               plain, float(getattr(guider, "cfg", 1.0)))
+    if isinstance(run.level, BlockRange) and not family.stacks:
+        run.without_blocks(GuidedOutput(), f"{family.name} is of no known model family")
     return run, run.report
 
 
@@ -166,6 +166,8 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     run = options.get(RUN)
+    if run is not None and not run.family.wrapped and run.level.seam is Seam.NETWORK:
+        return in_network(run, options, x, getattr(executor.class_obj, "diffusion_model", None), compute)
     rows = rows_of(run, options, x, Seam.MODEL)
     if not rows or run.cache.step.sigma <= 0 or not run.cache.enter(rows):
         return compute()
@@ -177,13 +179,23 @@ def diffusion_model(executor, *args, **kwargs):
     options = kwargs.get("transformer_options")
     if options is None:
         options = next((a for a in reversed(args) if isinstance(a, dict) and "sigmas" in a), {})
-    run, network = options.get(RUN), executor.class_obj
-    x = args[0] if args else kwargs.get("x")
+    run = options.get(RUN)
+    if run is None or not run.family.wrapped:
+        return executor(*args, **kwargs)
+    return in_network(run, options, args[0] if args else kwargs.get("x"), executor.class_obj, lambda: executor(*args, **kwargs))
+
+
+def in_network(run: Run, options: dict, x, network, compute):
+    """A level that reaches into the network. What is not as the family's facts say is computed in full, and blocks left alone from then on."""
     rows = rows_of(run, options, x, Seam.NETWORK)
     if not rows or not run.family.matches(network) or not run.cache.enter(rows):
-        return executor(*args, **kwargs)
-    blocks = Blocks(run.family.blocks(network), run.family.always_run(network))
-    return run.level.evaluate(run.cache, Call(rows, blocks=blocks), lambda: executor(*args, **kwargs))
+        return compute()
+    try:
+        return run.level.evaluate(run.cache, Call(rows, blocks=Blocks.of(run.family, network)), compute)
+    except Unfamiliar as fact:
+        run.without_blocks(ModelOutput(), f"{run.family.name} is not built as expected: {fact}")
+        run.cache.ran(len(rows), 1.0)
+    return compute()
 
 
 def rows_of(run: Run | None, options: dict, x, seam: Seam) -> tuple[Row, ...]:
@@ -191,12 +203,13 @@ def rows_of(run: Run | None, options: dict, x, seam: Seam) -> tuple[Row, ...]:
     if run is None or run.level.seam is not seam or run.ordinal is None or torch.compiler.is_compiling():
         return ()
     uuids, conds = options.get("uuids"), options.get("cond_or_uncond")
-    if not torch.is_tensor(x) or not uuids or not conds or len(uuids) != len(conds) or x.shape[0] % len(uuids):
+    first, *others = x if isinstance(x, (list, tuple)) and x else (x,)      # audio beside video
+    if not torch.is_tensor(first) or not uuids or not conds or len(uuids) != len(conds) or first.shape[0] % len(uuids):
         run.cache.ran(1, 1.0)
         return ()
-    shape = (x.shape[0] // len(uuids), *x.shape[1:])
+    shape = (first.shape[0] // len(uuids), *first.shape[1:], *(tuple(other.shape[1:]) for other in others))
     patches = frozenset((kind, key) for kind, blocks in options.get("patches_replace", {}).items() for key in blocks)
-    return run.rows(str(x.device), uuids, conds, window_of(options), shape, patches)
+    return run.rows(str(first.device), uuids, conds, window_of(options), shape, patches)
 
 
 def window_of(options: dict) -> tuple | None:

@@ -67,7 +67,8 @@ class Run:
         if not steady:
             self.report.add_reason(f"{sampler} may add noise or build errors up, so at most one skip in a row")
         solver = SOLVERS.get(sampler) if getattr(self.level, "look_back", False) and plain else None
-        governor = Governor(start_sigma, end_sigma, settings.max_consecutive_skips if steady else min(settings.max_consecutive_skips, 1))
+        most = settings.max_consecutive_skips if steady else min(settings.max_consecutive_skips, 1)
+        governor = Governor(start_sigma, end_sigma, most, family.warm_up)
         self.cache = StepCache(settings.policy, candidates, governor, self.report, settings.correction.start(), solver and LookBack(solver, sigmas), guidance)
         refuses = getattr(settings.policy, "refuses", None)
         if refuses is not None and (why := refuses(family.name, self.clock.steps, sampler)):
@@ -95,6 +96,14 @@ class Run:
         self.report.add_reason(why)
         self.cache.look_back_no_more()
         self.cache.forget()
+
+    def without_blocks(self, level: Level, why: str) -> None:
+        """Go on at a level that needs no blocks, and compute everything where the policy must see them."""
+        policy = self.cache.policy
+        if policy.needs_forward:
+            self.cache.give_up(f"{why}, and policy '{policy.name}' must see its blocks, so everything is computed")
+        else:
+            self.fall_back(level, f"{why}, so {level.name} is skipped instead of blocks")
 
     def finish(self) -> None:
         self.ordinal, self.inside = None, False

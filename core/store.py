@@ -29,6 +29,7 @@ class Row(NamedTuple):
     window: tuple | None
     shape: tuple
     patches: frozenset = frozenset()    # keys of replaced blocks: when one such guidance ends, the next takes its ordinal
+    stream: str = ""                    # the second of a model with two streams, by name
 
 
 @dataclass

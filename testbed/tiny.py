@@ -10,13 +10,10 @@ Gates and modulation are alive, so that every block moves its stream.
 import json
 import math
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import comfy.ldm.flux.model
 import comfy.ldm.lumina.model
-import comfy.ldm.qwen_image.model
 import comfy.ldm.wan.model
 import comfy.model_patcher
 import comfy.ops
@@ -28,29 +25,16 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
 from .arch import Z_IMAGE_DECOY, ZImageConfig
+from .kind import Kind
+from .zoo import ZOO
 
 SLOW = 0.72     # share of the time frequencies, counted from the fastest, that is left out
-TIME_IN = ("time_in.in_layer.weight", "t_embedder.mlp.0.weight", "time_embedding.0.weight",
-           "time_text_embed.timestep_embedder.linear_1.weight", "time_embed.0.weight")
+TIME_IN = {     # first layers of time embeddings, by the end of their names, and how many of their columns are time's; 0 is all
+    "time_in.in_layer.weight": 0, "t_embedder.in_layer.weight": 0, "t_embedder.mlp.0.weight": 0, "time_embedding.0.weight": 0,
+    "timestep_embedder.linear_1.weight": 0, "time_embed.0.weight": 0, "time_embeddings.in_layer.weight": 0, "t_embedder.1.linear_1.weight": 0,
+    "time_r_in.in_layer.weight": 0, "tmlp.0.weight": 0, "distilled_guidance_layer.in_proj.weight": 16,
+}
 MODULATION = ("mod", "adaLN", "time_projection")
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How a model is built, and what it wants to be fed: latent [C, ...] per patch of `patch` pixels, and text."""
-
-    build: Callable[..., nn.Module]
-    config: dict
-    channels: int
-    text: int
-    pooled: int = 0
-    frames: bool = False                # latents are [B, C, T, H, W]
-    metadata: Callable[[dict], dict] = field(default=lambda config: {})
-    stock: bool = True                  # the stock loader can tell its size
-
-    def latent(self, size: int | tuple[int, int] = 8, batch: int = 1) -> tuple[int, ...]:
-        height, width = (size, size) if isinstance(size, int) else size
-        return (batch, self.channels, *((1,) if self.frames else ()), height, width)
 
 
 def flux(operations, hidden=128, depth=2, depth_single=3, text=16, pooled=16) -> nn.Module:
@@ -78,10 +62,6 @@ def wan(operations, dim=128, ffn=256, layers=3, text=16) -> nn.Module:
         num_layers=layers, device="cpu", dtype=torch.float32, operations=operations)
 
 
-def qwen_image(operations, **config) -> nn.Module:
-    return comfy.ldm.qwen_image.model.QwenImageTransformer2DModel(**config, device="cpu", dtype=torch.float32, operations=operations)
-
-
 def sd15(operations) -> nn.Module:
     return UNetModel(
         image_size=32, in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[1], channel_mult=(1,), transformer_depth=[1],
@@ -91,22 +71,25 @@ def sd15(operations) -> nn.Module:
 
 
 Z_IMAGE = ZImageConfig(cap_feat_dim=16, n_layers=4, ffn_dim_multiplier=1.0, multiple_of=32).as_dict()
-QWEN_IMAGE = {
-    "image_model": "qwen_image", "in_channels": 64, "num_layers": 3, "num_attention_heads": 1, "attention_head_dim": 128, "joint_attention_dim": 16,
-}
 
 KINDS = {
     "flux": Kind(flux, {}, channels=16, text=16, pooled=16),
     "flux_13m": Kind(flux, {"hidden": 256, "depth": 3, "depth_single": 6, "text": 64, "pooled": 64}, channels=16, text=64, pooled=64),
     "flux2": Kind(flux2, {}, channels=128, text=16),
     "z_image": Kind(z_image, Z_IMAGE, channels=16, text=16, metadata=lambda config: {"config": json.dumps({"transformer": config})}),
-    "wan": Kind(wan, {}, channels=16, text=16, frames=True, metadata=lambda config: {"config": json.dumps({"transformer": {"text_dim": 16}})}),
-    "qwen_image": Kind(qwen_image, QWEN_IMAGE, channels=16, text=16, frames=True, stock=False),
+    "wan": Kind(wan, {}, channels=16, text=16, frames=1, metadata=lambda config: {"config": json.dumps({"transformer": {"text_dim": 16}})}),
     "sd15": Kind(sd15, {}, channels=4, text=768),
+    **ZOO,
 }
 
-OF_FAMILY = {"flux": ("flux", "flux2"), "nextdit": ("z_image",)}
-UNSUPPORTED = ("wan", "sd15", "qwen_image")
+OF_FAMILY = {
+    "flux": ("flux", "flux2", "flux_longcat"), "chroma": ("chroma", "chroma_radiance"), "nextdit": ("z_image", "lumina2", "z_image_pixel"),
+    "qwen_image": ("qwen_image",), "sd3": ("sd3",), "hidream_i1": ("hidream_i1",), "cosmos_predict2": ("cosmos_predict2", "anima"), "aura": ("aura",),
+    "omnigen2": ("omnigen2",), "krea2": ("krea2",),
+    "wan": ("wan", "wan_vace", "wan_camera", "wan_s2v", "wan_humo", "wan_animate", "wan_scail", "wan_scail2", "wan_dancer"),
+    "hunyuan_video": ("hunyuan_video", "hunyuan_image"), "ltxv": ("ltxv",), "ltxav": ("ltxav",), "kandinsky5": ("kandinsky5",),
+}
+UNSUPPORTED = ("wan_causal", "sd15")
 
 
 @torch.no_grad()
@@ -118,10 +101,10 @@ def fill_(net: nn.Module, seed: int = 0) -> nn.Module:
         learnt = name.endswith("modulation") or "pad_token" in name      # a table or a token, not a matrix
         if p.ndim >= 2 and not learnt:
             p.copy_(noise * (0.5 if any(part in name for part in MODULATION) else 1.0) / math.sqrt(p[0].numel()))
-            if name in TIME_IN:
-                half = p.shape[1] // 2
+            for columns in (columns or p.shape[1] for end, columns in TIME_IN.items() if name.endswith(end)):
+                half = columns // 2
                 slow = (torch.arange(half) >= SLOW * half).float()
-                p.mul_(torch.cat([slow, slow]) / math.sqrt(1 - SLOW))
+                p[:, :columns].mul_(torch.cat([slow, slow]) / math.sqrt(1 - SLOW))
         elif p.ndim == 1 and name.endswith(("weight", "scale")):
             p.fill_(1.0)
         else:
@@ -139,17 +122,18 @@ def weights(name: str, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, str]
 
 
 def patcher(name: str, seed: int = 0, dtype: torch.dtype = torch.float32):
-    """A ModelPatcher, made by the host's loader."""
-    tensors, metadata = weights(name, seed)
-    if KINDS[name].stock:
+    """A ModelPatcher, made by the host's loader, or by its model class where the loader cannot tell the size."""
+    kind = KINDS[name]
+    if kind.stock:
+        tensors, metadata = weights(name, seed)
         return comfy.sd.load_diffusion_model_state_dict(tensors, model_options={"dtype": dtype}, metadata=metadata)
-    config = comfy.supported_models.QwenImage(dict(KINDS[name].config))
+    config = getattr(comfy.supported_models, kind.host)(dict(kind.config))
     config.set_inference_dtype(dtype, None)
-    model = config.get_model(tensors, "")
+    model = config.get_model({}, "")
+    kind.finish(model.diffusion_model)
+    fill_(model.diffusion_model, seed)
     cpu = torch.device("cpu")
-    made = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
-    model.load_model_weights(tensors, "", assign=made.is_dynamic())
-    return made
+    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
 
 def write(name: str, path: Path | str, seed: int = 0) -> None:
@@ -165,8 +149,8 @@ def conditioning(name: str, seed: int = 1, tokens: int = 7, **more) -> list:
     kind, generator = KINDS[name], Generator().manual_seed(seed)
     text = torch.randn(1, tokens, kind.text, generator=generator)
     pooled = {"pooled_output": torch.randn(1, kind.pooled, generator=generator)} if kind.pooled else {}
-    return [[text, {**pooled, **more}]]
+    return [[text, {**pooled, **kind.extra(generator), **more}]]
 
 
 def noise(name: str, seed: int = 2, size: int | tuple[int, int] = 8, batch: int = 1) -> Tensor:
-    return torch.randn(KINDS[name].latent(size, batch), generator=Generator().manual_seed(seed))
+    return KINDS[name].noise(KINDS[name].latent(size, batch), Generator().manual_seed(seed))

@@ -16,6 +16,8 @@ DETERMINISTIC = frozenset({
 # transformer_options. LazyCache leaves the key of EasyCache there, so wrappers are asked first.
 SKIPPER_WRAPPERS = {"lazycache": "LazyCache", "easycache": "EasyCache"}
 SKIPPER_OPTIONS = {"easycache": "EasyCache", "rel_l1_thresh": "TeaCache", "magcache_thresh": "MagCache"}
+# Samplers that count on every evaluation, by what for.
+STATEFUL_SAMPLERS = {"ar_video": "moves on in the keys and values that each evaluation of the model writes"}
 SKIPPER_MODELS = {"ComfyFluxWrapper": "nunchaku's loader, which has a step cache of its own (cache_threshold),"}
 
 
@@ -24,11 +26,14 @@ class Governor:
     start_sigma: float      # skips are allowed from here
     end_sigma: float        # to here
     max_skips: int          # in a row
+    warm_up: int = 1        # evaluations at the start that are computed
 
     def must_compute(self, step: Step, computed: tuple[Step, ...], skips: int) -> str:
         """Why this evaluation may not be skipped; empty when the policy may decide."""
         if not computed:
             return "first step"
+        if step.evaluation < self.warm_up:
+            return "warm-up"
         if step.last:
             return "last step"
         if not self.end_sigma <= step.sigma <= self.start_sigma:
@@ -38,8 +43,10 @@ class Governor:
         return ""
 
 
-def stand_down(steps: int, wrapper_keys: set[str], option_keys: set[str], model: str = "") -> str:
+def stand_down(steps: int, wrapper_keys: set[str], option_keys: set[str], model: str = "", sampler: str = "") -> str:
     """Why the step cache must not act on this run; empty when it may. `model` is the diffusion model's class."""
+    if sampler in STATEFUL_SAMPLERS:
+        return f"sampler {sampler} {STATEFUL_SAMPLERS[sampler]}, so none may be skipped"
     if steps < FEWEST_STEPS:
         return f"the run has {steps} step{'s' * (steps != 1)}, and below {FEWEST_STEPS} a skipped one costs the picture more than it saves"
     if model in SKIPPER_MODELS:

@@ -5,8 +5,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
+import comfy.controlnet
 import comfy.sample
 import comfy.samplers
+import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
@@ -20,8 +22,8 @@ from pack.core.stepcache.predictors import PREDICTORS
 from testbed import tiny
 
 STEPS = 12
-NAMES = [name for family in FAMILIES for name in tiny.OF_FAMILY[family]]
-QUICK = [tiny.OF_FAMILY[family][0] for family in FAMILIES]     # one per family, where every kind would take too long
+QUICK = ["flux", "z_image", "ltxv"]     # what levels, policies and guidance are tested on; test_families has a model of every class
+NAMES = QUICK
 CONCRETE = [name for name, level in LEVELS.items() if hasattr(level, "seam")]
 
 
@@ -49,13 +51,17 @@ def always(name: str, patcher=None) -> list:
 
 def sample(patcher, name, *, steps=STEPS, cfg=3.0, sampler="euler", scheduler="simple", size=8, batch=1, noise=None, positive=None,
            negative=None, seed=1, callback=None, **more):
-    """The latent that the host's KSampler gives."""
+    """The latent that the host's KSampler gives; video and sound packed into one tensor."""
     noise = tiny.noise(name, size=size, batch=batch) if noise is None else noise
     more.setdefault("disable_pbar", True)
     with torch.inference_mode():
-        return comfy.sample.sample(
+        return packed(comfy.sample.sample(
             patcher, noise, steps, cfg, sampler, scheduler, positive or tiny.conditioning(name, 11), negative or tiny.conditioning(name, 12),
-            torch.zeros_like(noise), seed=seed, callback=callback, **more)
+            noise * 0, seed=seed, callback=callback, **more))
+
+
+def packed(latent) -> torch.Tensor:
+    return comfy.utils.pack_latents(latent.unbind())[0] if latent.is_nested else latent
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ def plain(name: str, **sampling) -> torch.Tensor:
 def assert_moves(name: str, patcher, **sampling) -> torch.Tensor:
     """A numeric test on a model whose output stands still proves nothing. Gives the host's latent."""
     outputs: list = []
-    latent = sample(patcher, name, callback=lambda step, denoised, x, total: outputs.append(denoised.clone()), **sampling)
+    latent = sample(patcher, name, callback=lambda step, denoised, x, total: outputs.append(packed(denoised).clone()), **sampling)
     steps = [relative(now, before) for before, now in zip(outputs, outputs[1:], strict=False)]
     assert min(steps) > 1e-3, f"the output of {name} does not move from step to step ({min(steps):.1e}); the test would prove nothing"
     return latent
@@ -160,18 +166,19 @@ def schedule(name: str, steps: int = STEPS, patcher=None) -> torch.Tensor:
     return comfy.samplers.calculate_sigmas((patcher or model(name)).get_model_object("model_sampling"), "simple", steps)
 
 
-def sample_by(function: Callable, patcher, name, *, sigmas=None, cfg=3.0, size=8, batch=1, positive=None, negative=None, label="euler", **more):
+def sample_by(function: Callable, patcher, name, *, sigmas=None, cfg=3.0, size=8, batch=1, noise=None, positive=None, negative=None, label="euler",
+              **more):
     """Sampling by a sampler function of the test's own, which the host and the step cache take for the one called `label`."""
     def sampler(denoise, x, sigmas, extra_args=None, callback=None, disable=None):
         return function(lambda x, sigma: denoise(x, sigma * x.new_ones(len(x)), **extra_args), x, sigmas.tolist())
 
     sampler.__name__ = f"sample_{label}"
-    noise = tiny.noise(name, size=size, batch=batch)
+    noise = tiny.noise(name, size=size, batch=batch) if noise is None else noise
     with torch.inference_mode():
-        return comfy.sample.sample_custom(
+        return packed(comfy.sample.sample_custom(
             patcher, noise, cfg, comfy.samplers.KSAMPLER(sampler), schedule(name) if sigmas is None else sigmas,
-            positive or tiny.conditioning(name, 11), negative or tiny.conditioning(name, 12), torch.zeros_like(noise),
-            disable_pbar=True, seed=1, **more)
+            positive or tiny.conditioning(name, 11), negative or tiny.conditioning(name, 12), noise * 0,
+            disable_pbar=True, seed=1, **more))
 
 
 def replay_errors(patcher, name, **sampling) -> list[float]:
@@ -191,6 +198,26 @@ def replay_errors(patcher, name, **sampling) -> list[float]:
     latent = sample_by(twice, patcher, name, **sampling)
     assert torch.isfinite(latent).all() and len(errors) == STEPS
     return errors
+
+
+class Control(comfy.controlnet.ControlBase):
+    """Adds fixed random residuals after blocks."""
+
+    def __init__(self, doubles: int, singles: int, tokens=16, width=128):
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        made = lambda n: [torch.randn(1, tokens, width, generator=generator) for _ in range(n)]
+        self.residuals = {"input": made(doubles), "output": made(singles)}
+        self.calls = 0
+
+    def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+        self.calls += 1
+        if not self.timestep_range[0] >= t[0] >= self.timestep_range[1]:
+            return None
+        return {key: [r.repeat(len(x_noisy), 1, 1) for r in parts] for key, parts in self.residuals.items()}
+
+    def copy(self):
+        return self
 
 
 EVERY_SECOND = At(tuple(range(1, 2 * STEPS, 2)))

@@ -106,10 +106,10 @@ def test_under_a_mask_a_skip_repeats_the_computed_result(name, level):
 class Windows(comfy.context_windows.IndexListContextHandler):
     """Windows over the width of a picture; a model of pictures knows no frames."""
 
-    def __init__(self):
+    def __init__(self, latent):
         get = comfy.context_windows
         super().__init__(get.get_matching_context_schedule("standard_static"), get.get_matching_fuse_method("pyramid"),
-                         context_length=8, context_overlap=2, context_stride=1, closed_loop=False, dim=3)
+                         context_length=8, context_overlap=2, context_stride=1, closed_loop=False, dim=len(latent) - 1)
 
 
 @pytest.mark.parametrize("level", CONCRETE)
@@ -121,7 +121,7 @@ def test_context_windows_keep_apart(name, level):
         windows.add(tuple(args[4]["transformer_options"]["context_window"].index_list))
 
     windowed = model(name).clone()
-    windowed.model_options["context_handler"] = Windows()
+    windowed.model_options["context_handler"] = Windows(tiny.KINDS[name].latent())
     spy = spied(attached(windowed, policy=EVERY_SECOND, level=level, reports=(reports := [])), WrappersMP.CALC_COND_BATCH, look)
     assert max(replay_errors(spy, name, size=(8, 20))) < 1e-6
     assert len(windows) >= 3 and decisions(reports[0]).count(False) == 11

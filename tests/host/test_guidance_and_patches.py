@@ -1,5 +1,4 @@
 """What others hang on the model: guidance that skips layers, ControlNet, replaced blocks, wrappers."""
-import comfy.controlnet
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -9,6 +8,7 @@ from harness import (
     EVERY_SECOND,
     QUICK,
     STEPS,
+    Control,
     Never,
     attached,
     blocks,
@@ -95,26 +95,6 @@ def test_a_lora_keyframe_is_a_border_like_any_other():
     group.add(hook)
     told = [acting({"positive": [{"hooks": group}]}, sigma) for sigma in (0.9, 0.5, 0.4, 0.1)]
     assert told[0] == told[1] != told[2] == told[3]
-
-
-class Control(comfy.controlnet.ControlBase):
-    """Adds fixed random residuals after blocks."""
-
-    def __init__(self, doubles: int, singles: int, tokens=16, width=128):
-        super().__init__()
-        generator = torch.Generator().manual_seed(5)
-        made = lambda n: [torch.randn(1, tokens, width, generator=generator) for _ in range(n)]
-        self.residuals = {"input": made(doubles), "output": made(singles)}
-        self.calls = 0
-
-    def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
-        self.calls += 1
-        if not self.timestep_range[0] >= t[0] >= self.timestep_range[1]:
-            return None
-        return {key: [r.repeat(len(x_noisy), 1, 1) for r in parts] for key, parts in self.residuals.items()}
-
-    def copy(self):
-        return self
 
 
 def controlled(doubles=2, singles=3):

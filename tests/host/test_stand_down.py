@@ -1,9 +1,11 @@
 """When the step cache must not act, sampling runs as without it, and it says why."""
+import comfy.k_diffusion.sampling
 import pytest
 import torch
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
-from harness import CONCRETE, QUICK, attached, decisions, model, plain, run, sample
+from harness import CONCRETE, QUICK, Never, attached, decisions, model, network, plain, run, sample
 
+from pack.core.stepcache.governor import stand_down
 from testbed import tiny
 
 
@@ -28,13 +30,28 @@ def test_the_other_step_skipper_is_named(node):
     assert reports[0].reason.startswith(node.__name__.removesuffix("Node"))
 
 
+@pytest.mark.parametrize("policy", ["interval", Never()], ids=["skips", "never"])
 @pytest.mark.parametrize(("name", "level"), [
-    (name, level) for name in tiny.UNSUPPORTED for level in CONCRETE if name != "sd15" or level == CONCRETE[0]])     # the UNet takes its time
-def test_a_model_of_no_known_family_runs_as_without_the_node(name, level):
-    steps = 9 if name == "sd15" else 12
-    latent, report = run(model(name), name, steps=steps, cached={"level": level})
-    assert torch.equal(latent, sample(model(name), name, steps=steps))
-    assert report.state == "off" and "no known model family" in report.reason and type(model(name).model.diffusion_model).__name__ in report.reason
+    (name, level) for name in tiny.UNSUPPORTED for level in CONCRETE if name != "sd15" or level == "block range"])     # the UNet takes its time
+def test_a_model_of_no_known_family_is_served_without_a_look_at_its_blocks(name, level, policy):
+    latent, report = run(model(name), name, steps=9, cached={"level": level, "policy": policy})
+    assert report.state == "ran" and report.model == type(network(model(name))).__name__
+    assert all(decisions(report)) == torch.equal(latent, sample(model(name), name, steps=9)) == (policy != "interval")
+    if level == "block range":
+        assert report.level == "guided output" and f"{report.model} is of no known model family" in report.reason and report.reason in report.line()
+    else:
+        assert report.level == level and not report.reason
+
+
+def test_a_model_of_no_known_family_has_no_blocks_for_a_policy_to_see():
+    latent, report = run(model("wan_causal"), "wan_causal", cached={"policy": "first block"})
+    assert torch.equal(latent, sample(model("wan_causal"), "wan_causal"))
+    assert all(decisions(report)) and "'first block' must see its blocks, so everything is computed" in report.reason
+
+
+def test_a_sampler_that_counts_on_every_evaluation_is_left_alone():
+    assert "none may be skipped" in stand_down(50, set(), set(), sampler="ar_video") and not stand_down(50, set(), set(), sampler="euler")
+    assert hasattr(comfy.k_diffusion.sampling, "sample_ar_video")
 
 
 @pytest.mark.parametrize("level", CONCRETE)

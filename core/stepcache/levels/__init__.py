@@ -14,4 +14,4 @@ LEVELS = Registry(
     BlockRange,
 )
 
-__all__ = ["LEVELS", "Blocks", "Call", "Level", "ModelOutput", "Seam"]
+__all__ = ["LEVELS", "BlockRange", "Blocks", "Call", "GuidedOutput", "Level", "ModelOutput", "Seam"]

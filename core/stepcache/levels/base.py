@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ...families import Stack
+from ...families import Family, Side, Stack
 from ...store import Row
 
 
@@ -22,8 +22,14 @@ class Seam(Enum):
 class Blocks:
     """The blocks of the diffusion model that is being called."""
 
+    family: Family
     every: list[tuple[Stack, Any]]
     always: int     # further blocks, of the same size, that run on every step
+    sides: list[tuple[Side, Any]]
+
+    @classmethod
+    def of(cls, family: Family, network) -> "Blocks":
+        return cls(family, family.blocks(network), family.always_run(network), family.side_modules(network))
 
 
 @dataclass(frozen=True)

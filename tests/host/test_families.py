@@ -1,0 +1,367 @@
+"""The contract of every model family, on a tiny instance of each of the host's classes: what its facts promise, and what happens when they do not hold."""
+from dataclasses import dataclass, replace
+from functools import cache
+
+import pytest
+import torch
+from harness import (
+    EVERY_SECOND,
+    At,
+    Control,
+    Never,
+    NeverGated,
+    always,
+    attached,
+    blocks,
+    counted,
+    decisions,
+    family,
+    model,
+    network,
+    relative,
+    run,
+    sample,
+    sample_by,
+    schedule,
+)
+
+from pack.core.families import FAMILIES, family_of
+from pack.core.families.base import argument, module_at
+from pack.core.stepcache.cache import StepCache
+from testbed import tiny
+
+STEPS = 9       # the fewest that are not left alone
+FIRSTS = [names[0] for names in tiny.OF_FAMILY.values()]
+EVERY = [name for names in tiny.OF_FAMILY.values() for name in names]
+FEW = [(1, 0), (0, 1), (2, 1)]
+MANY = [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (3, 1)]
+RANGES = [(name, *bounds) for name in EVERY for bounds in (MANY if name in FIRSTS else FEW)]
+# What runs between the blocks, and after which of them.
+BETWEEN = {
+    "wan_vace": ("vace_blocks", (0, 2, 4)), "wan_s2v": ("audio_injector.injector", (0, 2, 4)), "wan_dancer": ("music_injector.injector", (0, 3)),
+    "wan_animate": ("face_adapter.fuser_blocks", (0, 5)),
+}
+REPLACEABLE = ["flux", "chroma", "qwen_image", "sd3", "aura", "wan", "wan_vace", "hunyuan_video", "ltxv", "ltxav"]
+CONTROLLED = ["flux", "chroma", "qwen_image", "sd3", "hunyuan_video"]
+# Where the first block uses what `modulated` gives: a part of it, and how that part is called with it.
+USED = {
+    "flux": "img_attn.qkv", "flux2": "img_attn.qkv", "chroma": "img_attn.qkv", "hunyuan_video": "img_attn.qkv", "ltxv": "attn1",
+    "cosmos_predict2": "self_attn", "z_image": "adaLN_modulation", "hidream_i1": "block.adaLN_modulation",
+}
+EVERYTHING = At(tuple(range(100)))
+
+
+@cache
+def host(name: str) -> torch.Tensor:
+    return sample(model(name), name, steps=STEPS)
+
+
+def between(name: str) -> list:
+    path, _ = BETWEEN.get(name, ("", ()))
+    return list(module_at(network(model(name)), path)) if path else []
+
+
+def levelled(first: int, last: int) -> dict:
+    return {"level": "block range", "level_knobs": {"first_blocks": first, "last_blocks": last}}
+
+
+def replayed(patched, name: str, modules=(), **sampling) -> tuple[list[float], list[set]]:
+    """Every place of the schedule evaluated twice: how the second result differs from the first, and which modules it ran."""
+    errors, ran, first = [], [], []
+
+    def twice(denoise, x, sigmas):
+        for now, following in zip(sigmas, sigmas[1:], strict=False):
+            first.append(denoise(x, now).clone())
+            calls.clear()
+            errors.append(relative(denoise(x, now), first[-1]))
+            ran.append(set(calls))
+            x = first[-1] + (x - first[-1]) * following / now
+        return x
+
+    with counted(list(modules)) as calls:
+        latent = sample_by(twice, patched, name, sigmas=schedule(name, STEPS, patched), **sampling)
+    assert torch.isfinite(latent).all() and len(errors) == STEPS
+    assert max(relative(b, a) for a, b in zip(first, first[1:], strict=False)) > 1e-2, "the model stands still; the test would prove nothing"
+    return errors, ran
+
+
+def test_every_class_of_every_family_has_a_tiny_model():
+    assert set(tiny.OF_FAMILY) == set(FAMILIES)
+    for name, facts in FAMILIES.items():
+        assert all(family_of(network(model(kind))) is facts for kind in tiny.OF_FAMILY[name])
+        built = {f"{type(net).__module__}:{type(net).__qualname__}" for net in map(network, map(model, tiny.OF_FAMILY[name]))}
+        assert built == set(facts.models)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_computed_steps_are_those_of_the_host(name):
+    latent, report = run(model(name), name, steps=STEPS, cached={"policy": NeverGated(), **levelled(1, 1)})
+    assert torch.equal(latent, host(name))
+    assert report.level == "block range" and all(decisions(report)) and report.evaluations == STEPS
+
+
+@pytest.mark.parametrize(("name", "first", "last"), RANGES)
+def test_a_skip_repeats_the_result_and_runs_the_promised_blocks_alone(name, first, last):
+    every, sides = blocks(name), between(name)
+    before = [dict(vars(module)) for module in (*every, *sides)]
+    patched = attached(model(name), policy=EVERY_SECOND, reports=(reports := []), **levelled(first, last))
+    errors, ran = replayed(patched, name, (*every, *sides), cfg=3.0 if first == 1 else 1.0)
+    (report,) = reports
+    assert report.level == "block range" and decisions(report).count(False) == STEPS - 1 - (family(name).warm_up > 1)
+    assert max(errors) < 1e-6
+    total = len(every)
+    first = min(first, total - 1)
+    last = 0 if name == "wan_vace" else min(last, total - first - 1)
+    assert bool(report.reason) == (name == "wan_vace" and (first, last) != (1, 0) and "last_blocks is 0" in report.reason)
+    live = {*range(first), *range(total - last, total)}
+    live |= {total + n for n, place in enumerate(BETWEEN.get(name, ("", ()))[1]) if place < first or place >= total - last - 1}
+    assert [found for found, evaluation in zip(ran, report.each[1::2], strict=True) if not evaluation.computed] == [live] * decisions(report).count(False)
+    assert [dict(vars(module)) for module in (*every, *sides)] == before
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_evaluations_are_the_blocks_that_ran_and_a_run_leaves_nothing_behind(name):
+    sides = between(name) if any(side.blocks for side, _ in family(name).side_modules(network(model(name)))) else []
+    every = [*blocks(name), *always(name), *sides]
+    with counted(every) as calls:
+        latent, report = run(model(name), name, steps=STEPS, cached=levelled(1, 1))
+    assert decisions(report).count(False) == 3 and not torch.equal(latent, host(name))
+    assert report.evaluations == pytest.approx(calls.total() / len(every))
+    assert torch.equal(sample(model(name), name, steps=STEPS), host(name))
+
+
+@pytest.mark.parametrize("name", REPLACEABLE)
+def test_a_replaced_block_is_honoured(name):
+    calls: list = []
+
+    def louder(args, extra):
+        calls.append(1)
+        out = extra["original_block"](args)
+        pair = isinstance(out["img"], tuple)
+        return out | {"img": tuple(1.3 * part for part in out["img"]) if pair else 1.3 * out["img"]}
+
+    patched = model(name).clone()
+    patched.set_model_patch_replace(louder, "dit", "double_block", 1)
+    wanted = sample(patched, name, steps=STEPS)
+    assert relative(wanted, host(name)) > 1e-3, "the patch does too little to be missed"
+    latent, _ = run(patched, name, steps=STEPS, cached={"policy": Never(), **levelled(1, 0)})
+    assert torch.equal(latent, wanted)
+    for first, last in ((1, 0), (0, 1)):
+        calls.clear()
+        errors, _ = replayed(attached(patched, policy=EVERY_SECOND, reports=(reports := []), **levelled(first, last)), name, cfg=1.0)
+        assert max(errors) < 1e-6 and len(calls) == 2 * STEPS and not all(decisions(reports[0]))
+
+
+def layout(name: str) -> torch.Size:
+    """Of the image tokens as the first block gets them."""
+    seen: list = []
+    stack, block = family(name).blocks(network(model(name)))[0]
+    hook = block.register_forward_pre_hook(lambda _, args, kwargs: seen.append(stack.taken(args, kwargs)[stack.stream].shape), with_kwargs=True)
+    try:
+        sample(model(name), name, steps=1, cfg=1.0)
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("name", CONTROLLED)
+def test_a_controlnet_is_honoured(name):
+    _, tokens, width = layout(name)
+    stacks = [stack for stack, _ in family(name).blocks(network(model(name)))]
+    singles = sum("single" in stack.attribute or "joint" in stack.attribute for stack in stacks)
+    control = {"control": Control(len(stacks) - singles, singles, tokens, width), "control_apply_to_uncond": False}
+    prompts = {"positive": tiny.conditioning(name, 11, **control), "negative": tiny.conditioning(name, 12, **control)}
+    wanted = sample(model(name), name, steps=STEPS, **prompts)
+    assert relative(wanted, host(name)) > 0.03, "the control does too little to be missed"
+    latent, _ = run(model(name), name, steps=STEPS, cached={"policy": Never(), **levelled(1, 1)}, **prompts)
+    assert torch.equal(latent, wanted)
+    for first, last in ((0, 0), (1, 1)):
+        errors, _ = replayed(attached(model(name), policy=EVERY_SECOND, reports=(reports := []), **levelled(first, last)), name, **prompts)
+        assert max(errors) < 1e-5 and decisions(reports[0]).count(False) == STEPS - 1
+
+
+# what a gate looks at ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Gate(At):
+    """A test policy that decides from what the first block is given."""
+
+    needs_forward = True
+    signal = "modulated input"
+
+
+@pytest.mark.parametrize("name", USED)
+def test_the_modulated_input_is_what_the_first_block_uses(name):
+    facts, told, used = family(name), [], []
+    stack, block = facts.blocks(network(model(name)))[0]
+    hooks = [
+        block.register_forward_pre_hook(lambda _, args, kwargs: told.append(facts.modulated_input(stack, block, args, kwargs).clone()), with_kwargs=True),
+        module_at(block, USED[name]).register_forward_pre_hook(lambda _, args: used.append(args[0].clone())),
+    ]
+    try:
+        sample(model(name), name, steps=2)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(told) >= 2
+    for a, b in zip(told, used, strict=True):
+        assert torch.allclose(a.reshape(b.shape), b, rtol=1e-5, atol=1e-5)
+    assert relative(told[-1], told[0]) > 1e-3
+
+
+def test_wans_modulated_input_is_its_time_embedding():
+    facts, told, made = family("wan"), [], []
+    net = network(model("wan"))
+    stack, block = facts.blocks(net)[0]
+    hooks = [
+        block.register_forward_pre_hook(lambda _, args, kwargs: told.append(facts.modulated_input(stack, block, args, kwargs)), with_kwargs=True),
+        net.time_projection.register_forward_hook(lambda _, args, out: made.append(out)),
+    ]
+    try:
+        sample(model("wan"), "wan", steps=2)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert told and all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(told, made, strict=True))
+
+
+@pytest.mark.parametrize("name", FIRSTS)
+def test_a_gate_before_the_first_block_skips_all_blocks_or_says_why_it_cannot(name):
+    signals: list = []
+    inner = [next(m for part, m in block.named_modules() if hasattr(m, "weight") and "mod" not in part) for block in blocks(name)]
+    with counted(inner) as calls, pytest.MonkeyPatch.context() as patch:
+        asked = StepCache.skips
+        patch.setattr(StepCache, "skips", lambda self, signal=None, row=None: signals.append(signal is not None) or asked(self, signal, row))
+        latent, report = run(model(name), name, steps=STEPS, cfg=1.0, cached={"policy": Gate(evaluations=(3, 5, 6)), **levelled(0, 0)})
+    if family(name).modulated is None:
+        assert torch.equal(latent, sample(model(name), name, steps=STEPS, cfg=1.0))
+        assert all(decisions(report)) and "what modulates the first block" in report.reason and not any(signals)
+    else:
+        assert [n for n, computed in enumerate(decisions(report)) if not computed] == [3, 5, 6] and not report.reason
+        assert calls == {n: STEPS - 3 for n in range(len(blocks(name)))} and report.evaluations == pytest.approx(
+            STEPS - 3 + 3 * len(always(name)) / (len(always(name)) + len(blocks(name))))
+        assert signals.count(True) == STEPS
+
+
+def test_a_policy_that_must_see_the_first_blocks_wants_one():
+    with pytest.raises(ValueError, match="set it to 1 or more"):
+        attached(model("flux"), policy="first block", **levelled(0, 0))
+
+
+# single families -----------------------------------------------------------------------------------------------------
+def test_wan_computes_its_first_two_evaluations():
+    _, report = run(model("wan"), "wan", steps=STEPS, cached={"policy": EVERYTHING, "level": "guided output"})
+    assert decisions(report)[:3] == [True, True, False]
+    _, report = run(model("ltxv"), "ltxv", steps=STEPS, cached={"policy": EVERYTHING, "level": "guided output"})
+    assert decisions(report)[:2] == [True, False]
+
+
+def test_vace_runs_no_block_after_a_skipped_range():
+    _, report = run(model("wan_vace"), "wan_vace", steps=STEPS, cached=levelled(1, 1))
+    assert "wan cannot run blocks after a skipped range, so last_blocks is 0" in report.reason and not all(decisions(report))
+
+
+def test_vace_whose_last_block_is_followed_by_its_own_goes_on_at_model_output(monkeypatch):
+    kind = tiny.KINDS["wan_vace"]
+    monkeypatch.setitem(tiny.KINDS, "wan_vace", replace(kind, config=kind.config | {"vace_layers": kind.config["num_layers"]}))
+    deep = tiny.patcher("wan_vace")
+    latent, report = run(deep, "wan_vace", steps=STEPS, cached={"policy": At((3, 5, 6)), **levelled(1, 0)})
+    assert report.level == "model output" and "after the last block" in report.reason and decisions(report)[3] and decisions(report).count(False) == 2
+    assert torch.isfinite(latent).all()
+
+
+def test_sound_keeps_a_residual_of_its_own_and_the_worse_stream_counts(monkeypatch):
+    learnt, learn, waiting = set(), StepCache.learn, []
+
+    def watched(self, row, value):
+        learn(self, row, value)
+        learnt.add((row.stream, value.shape[-1]))
+        waiting.append(len(self.hindcast.waiting))
+
+    monkeypatch.setattr(StepCache, "learn", watched)
+    _, report = run(model("ltxav"), "ltxav", steps=STEPS, cfg=1.0, cached=levelled(1, 0))
+    assert learnt == {("", 64), ("audio", 32)} and max(waiting) == 2 and not all(decisions(report))
+
+
+def test_a_model_of_video_and_sound_may_be_given_video_alone():
+    video = tiny.noise("ltxav").unbind()[0]
+    errors, _ = replayed(attached(model("ltxav"), policy=EVERY_SECOND, reports=(reports := []), **levelled(1, 0)), "ltxav", noise=video, cfg=1.0)
+    assert max(errors) < 1e-6 and decisions(reports[0]).count(False) == STEPS - 1
+
+
+def test_patches_after_a_block_see_the_input_of_the_blocks_as_it_came():
+    seen: list = []
+
+    def look(args):
+        seen.append(args["img_input"].clone())
+        return {"img": args["img"] + 0.1 * args["img_input"]}
+
+    patched = model("z_image").clone()
+    patched.set_model_patch(look, "double_block")
+    errors, _ = replayed(attached(patched, policy=EVERY_SECOND, reports=(reports := []), **levelled(0, 0)), "z_image", cfg=1.0)
+    assert max(errors) < 1e-6 and decisions(reports[0]).count(False) == STEPS - 1
+    layers = len(blocks("z_image"))
+    for n in range(0, len(seen), 2 * layers):
+        assert all(torch.equal(value, seen[n]) for value in seen[n: n + 2 * layers])
+
+
+# facts that do not hold -----------------------------------------------------------------------------------------------
+def altered(facts, **changes):
+    """A family whose first stack is told wrongly."""
+    return replace(facts, stacks=(replace(facts.stacks[0], **changes), *facts.stacks[1:]))
+
+
+WRONG = {
+    "container": lambda facts: altered(facts, attribute="gone"),
+    "argument": lambda facts: altered(facts, inputs=(*"abcdefghijklmnopqrstuvw", "y"), stream="y", returns=("y",), joined=("y",), also=(), packed=()),
+    "arity": lambda facts: altered(facts, returns=(*facts.stacks[0].returns, "third"), inputs=("third", *facts.stacks[0].inputs[1:])),
+    "never called": lambda facts: replace(facts, stacks=(*facts.stacks, replace(facts.stacks[-1], attribute="idle"))),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("name", FIRSTS)
+def test_a_model_that_is_not_as_its_family_says_goes_on_at_model_output(name, wrong, monkeypatch):
+    facts, net = family(name), network(model(name))
+    monkeypatch.setitem(FAMILIES, facts.name, WRONG[wrong](facts))
+    if wrong == "never called":
+        monkeypatch.setattr(net, "idle", torch.nn.ModuleList([torch.nn.Linear(1, 1)]), raising=False)
+    before = [dict(vars(block)) for _, block in facts.blocks(net)]
+    latent, report = run(model(name), name, steps=STEPS, cached={"policy": At((3, 5, 6)), **levelled(1, 0)})
+    assert report.level == "model output" and "is not built as expected" in report.reason and "model output is skipped" in report.reason
+    assert decisions(report).count(False) == 3 and torch.isfinite(latent).all()
+    assert torch.equal(latent, run(model(name), name, steps=STEPS, cached={"policy": At((3, 5, 6)), "level": "model output"})[0])
+    assert [dict(vars(block)) for _, block in facts.blocks(net)] == before
+
+
+def test_a_gate_without_blocks_to_look_at_computes_everything_and_says_so(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "flux", WRONG["container"](FAMILIES["flux"]))
+    latent, report = run(model("flux"), "flux", steps=STEPS, cached={"policy": "first block"})
+    assert torch.equal(latent, host("flux")) and all(decisions(report))
+    assert "must see its blocks, so everything is computed" in report.reason
+
+
+def test_modulation_that_is_not_found_is_no_error(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "flux", replace(FAMILIES["flux"], modulated=lambda block, argument: block.renamed(argument("vec"))))
+    latent, report = run(model("flux"), "flux", steps=STEPS, cached={"policy": Gate((3, 5)), **levelled(1, 0)})
+    assert torch.equal(latent, host("flux")) and all(decisions(report)) and "was not found" in report.reason
+
+
+def test_an_error_of_the_model_is_the_users_and_an_argument_is_found_by_name_or_place():
+    broken = model("flux").clone()
+
+    def fails(args, extra):
+        raise KeyError("a patch of the user's")
+
+    broken.set_model_patch_replace(fails, "dit", "double_block", 1)
+    with pytest.raises(KeyError, match="a patch of the user's"):
+        run(broken, "flux", steps=STEPS, cached=levelled(1, 0))
+    assert not any("forward" in vars(block) for block in blocks("flux"))
+    assert argument(("a", "b"), "b", (1, 2), {}) == argument(("a", "b"), "b", (1,), {"b": 2}) == argument((), "b", (), {"b": 2}) == 2
+
+
+def test_a_class_that_the_host_derived_from_a_known_one_is_not_taken_for_it(monkeypatch):
+    derived = tiny.patcher("flux")
+    derived.model.diffusion_model.__class__ = type("FluxNext", (type(network(derived)),), {})
+    latent, report = run(derived, "flux", steps=STEPS, cached={"policy": At((3, 5)), **levelled(1, 0)})
+    assert report.level == "guided output" and report.model == "FluxNext" and "FluxNext is of no known model family, so guided output is skipped" in report.reason
+    assert decisions(report).count(False) == 2 and torch.isfinite(latent).all()
