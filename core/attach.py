@@ -3,6 +3,7 @@
 OUTER_SAMPLE opens and closes the run; PREDICT_NOISE is one solver evaluation; CALC_COND_BATCH tells the main pass
 from guidance that repeats it; APPLY_MODEL and DIFFUSION_MODEL are where rows and blocks are.
 """
+import inspect
 import logging
 import math
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from .families import FAMILIES, family_of
 from .report import Report
 from .run import Run, Settings
 from .stepcache.governor import stand_down
-from .stepcache.levels import Blocks, Call, ModelOutput, Seam
+from .stepcache.levels import Blocks, Call, ModelOutput, Seam, UnetEncoder
 from .store import Row
 
 log = logging.getLogger("reprise")
@@ -104,6 +105,8 @@ def predict_noise(executor, x, timestep, model_options=None, seed=None):
     sigma = timestep.flatten()[:1].float()
     now = sigma.item()
     run.begin(now, acting(getattr(executor.class_obj, "conds", {}), now))
+    if isinstance(run.level, UnetEncoder):
+        x = run.level.with_prior_noise(run.cache, x, run.clock.flow)
     if run.level.seam is Seam.GUIDED and now > 0:
         row = Row(str(x.device), 0, None, 0, None, tuple(x.shape))
         call = Call((row,), x, sigma.to(x.device).view([1] * x.ndim))
@@ -167,8 +170,23 @@ def diffusion_model(executor, *args, **kwargs):
     rows = rows_of(run, options, x, Seam.NETWORK)
     if not rows or not run.family.matches(network) or not run.cache.enter(rows):
         return executor(*args, **kwargs)
+    if run.family.kind == "unet":
+        return unet(run, rows, executor, args, kwargs)
     blocks = Blocks(run.family.blocks(network), run.family.always_run(network))
     return run.level.evaluate(run.cache, Call(rows, blocks=blocks), lambda: executor(*args, **kwargs))
+
+
+def unet(run: Run, rows: tuple[Row, ...], executor, args, kwargs):
+    """A level on a UNet; `compute` takes changed arguments by name."""
+    signature = inspect.signature(executor.original)
+
+    def compute(**changed):
+        bound = signature.bind(*args, **kwargs)
+        bound.arguments.update(changed)
+        return executor(*bound.args, **bound.kwargs)
+
+    arguments = signature.bind(*args, **kwargs).arguments
+    return run.level.evaluate(run.cache, Call(rows, arguments["x"], network=executor.class_obj, arguments=arguments), compute)
 
 
 def rows_of(run: Run | None, options: dict, x, seam: Seam) -> tuple[Row, ...]:

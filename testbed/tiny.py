@@ -47,6 +47,7 @@ class Kind:
     frames: bool = False                # latents are [B, C, T, H, W]
     metadata: Callable[[dict], dict] = field(default=lambda config: {})
     stock: bool = True                  # the stock loader can tell its size
+    config_class: Callable = comfy.supported_models.QwenImage      # the host's, for those whose size it cannot tell
 
     def latent(self, size: int | tuple[int, int] = 8, batch: int = 1) -> tuple[int, ...]:
         height, width = (size, size) if isinstance(size, int) else size
@@ -90,9 +91,27 @@ def sd15(operations) -> nn.Module:
         use_temporal_resblock=False, dtype=torch.float32, device="cpu", operations=operations)
 
 
+def unet(operations, **config) -> nn.Module:
+    return UNetModel(**config, device="cpu", operations=operations)
+
+
 Z_IMAGE = ZImageConfig(cap_feat_dim=16, n_layers=4, ffn_dim_multiplier=1.0, multiple_of=32).as_dict()
 QWEN_IMAGE = {
     "image_model": "qwen_image", "in_channels": 64, "num_layers": 3, "num_attention_heads": 1, "attention_head_dim": 128, "joint_attention_dim": 16,
+}
+
+UNET = {     # three resolutions of two blocks each, where SD 1.5 has four and SDXL three
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [2, 2, 2], "channel_mult": (1, 2, 4),
+    "use_spatial_transformer": True, "context_dim": 16, "legacy": False, "use_temporal_attention": False, "use_temporal_resblock": False,
+    "dtype": torch.float32,
+}
+SD15_LIKE = {
+    **UNET, "transformer_depth": [1, 1, 1, 1, 0, 0], "transformer_depth_output": [1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1,
+    "use_linear_in_transformer": False, "adm_in_channels": None, "num_heads": 8, "num_head_channels": -1,
+}
+SDXL_LIKE = {
+    **UNET, "transformer_depth": [0, 0, 1, 1, 2, 2], "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2], "transformer_depth_middle": 2,
+    "use_linear_in_transformer": True, "num_classes": "sequential", "adm_in_channels": 16 + 6 * 256, "num_heads": -1, "num_head_channels": 64,
 }
 
 KINDS = {
@@ -103,10 +122,12 @@ KINDS = {
     "wan": Kind(wan, {}, channels=16, text=16, frames=True, metadata=lambda config: {"config": json.dumps({"transformer": {"text_dim": 16}})}),
     "qwen_image": Kind(qwen_image, QWEN_IMAGE, channels=16, text=16, frames=True, stock=False),
     "sd15": Kind(sd15, {}, channels=4, text=768),
+    "sd15_like": Kind(unet, SD15_LIKE, channels=4, text=16, stock=False, config_class=comfy.supported_models.SD15),
+    "sdxl_like": Kind(unet, SDXL_LIKE, channels=4, text=16, pooled=16, stock=False, config_class=comfy.supported_models.SDXL),
 }
 
-OF_FAMILY = {"flux": ("flux", "flux2"), "nextdit": ("z_image",)}
-UNSUPPORTED = ("wan", "sd15", "qwen_image")
+OF_FAMILY = {"flux": ("flux", "flux2"), "nextdit": ("z_image",), "unet": ("sd15_like", "sdxl_like", "sd15")}
+UNSUPPORTED = ("wan", "qwen_image")
 
 
 @torch.no_grad()
@@ -143,7 +164,7 @@ def patcher(name: str, seed: int = 0, dtype: torch.dtype = torch.float32):
     tensors, metadata = weights(name, seed)
     if KINDS[name].stock:
         return comfy.sd.load_diffusion_model_state_dict(tensors, model_options={"dtype": dtype}, metadata=metadata)
-    config = comfy.supported_models.QwenImage(dict(KINDS[name].config))
+    config = KINDS[name].config_class(dict(KINDS[name].config))
     config.set_inference_dtype(dtype, None)
     model = config.get_model(tensors, "")
     cpu = torch.device("cpu")

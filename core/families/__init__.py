@@ -3,11 +3,13 @@ from ..registry import Registry
 from .base import Family, Stack
 from .flux import FLUX
 from .nextdit import NEXTDIT
+from .unet import UNET
 
 FAMILIES = Registry(
     "model family",
     FLUX,
     NEXTDIT,
+    UNET,
 )
 
 

@@ -40,6 +40,7 @@ class Family:
     model: str                          # the host's class, as module:qualname; subclasses differ too much to be trusted
     stacks: tuple[Stack, ...]           # in the order in which they are called
     always: tuple[str, ...] = ()        # containers of blocks of the same size that run on every step, skipped or not
+    kind: str = "transformer"           # or "unet", which has no stacks; a level that reaches into the network is for one of them
 
     def matches(self, diffusion_model) -> bool:
         kind = type(diffusion_model)

@@ -27,6 +27,7 @@ class StepCache:
         depth = max(candidate.history for candidate in self.hindcast.candidates)
         self.store = Store(depth)
         self.computed: deque[Step] = deque(maxlen=depth)
+        self.notes: dict = {}                # what a level remembers of the network over the run; no tensors
         self.lock = threading.Lock()         # the host may evaluate conditions in several threads, one per GPU
         self.skipped_in_a_row, self.owed = 0, 0.0
         self.broken = ""                     # why everything is computed from here on

@@ -19,6 +19,8 @@ OFF = {
     "error control": {"policy": "error control", "policy_knobs": {"tolerance": 0.0}, "predictor": "automatic"},
     "first block": {"policy": "first block", "policy_knobs": {"threshold": 0.0}},
     "interval": {"policy": "interval", "policy_knobs": {"interval": 1}},
+    "centred interval": {"policy": "centred interval", "policy_knobs": {"interval": 1}},
+    "key steps": {"policy": "key steps", "end_percent": 0.0},
     "never": {"policy": Never(), "predictor": "automatic"},
     "never, gated": {"policy": NeverGated(), "predictor": "automatic"},
 }

@@ -10,7 +10,7 @@ from pack.core.families import FAMILIES, family_of
 from testbed import tiny
 
 
-@pytest.mark.parametrize("name", [name for name in tiny.KINDS if name not in ("sd15", "flux_13m")])
+@pytest.mark.parametrize("name", [name for name in tiny.KINDS if name not in (*tiny.OF_FAMILY["unet"], "flux_13m")])
 def test_outputs_move_from_step_to_step_but_not_wildly(name):
     outputs: list = []
     latent = assert_moves(name, model(name))

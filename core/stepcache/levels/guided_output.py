@@ -13,6 +13,7 @@ class GuidedOutput:
     name = "guided output"
     seam = Seam.GUIDED
     gates = False
+    serves = None
 
     def resolve(self, policy):
         return self
