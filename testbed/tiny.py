@@ -113,6 +113,12 @@ SDXL_LIKE = {
     **UNET, "transformer_depth": [0, 0, 1, 1, 2, 2], "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2], "transformer_depth_middle": 2,
     "use_linear_in_transformer": True, "num_classes": "sequential", "adm_in_channels": 16 + 6 * 256, "num_heads": -1, "num_head_channels": 64,
 }
+SVD_LIKE = {
+    **UNET, "in_channels": 8, "transformer_depth": [0, 0, 1, 1, 1, 1], "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1],
+    "transformer_depth_middle": 1, "use_linear_in_transformer": True, "num_classes": "sequential", "adm_in_channels": 3 * 256, "num_heads": -1,
+    "num_head_channels": 64, "use_temporal_resblock": True, "use_temporal_attention": True, "extra_ff_mix_layer": True, "use_spatial_context": True,
+    "merge_strategy": "learned_with_images", "merge_factor": 0.0, "video_kernel_size": [3, 1, 1], "attn_precision": torch.float32,
+}
 
 KINDS = {
     "flux": Kind(flux, {}, channels=16, text=16, pooled=16),
@@ -124,9 +130,10 @@ KINDS = {
     "sd15": Kind(sd15, {}, channels=4, text=768),
     "sd15_like": Kind(unet, SD15_LIKE, channels=4, text=16, stock=False, config_class=comfy.supported_models.SD15),
     "sdxl_like": Kind(unet, SDXL_LIKE, channels=4, text=16, pooled=16, stock=False, config_class=comfy.supported_models.SDXL),
+    "svd_like": Kind(unet, SVD_LIKE, channels=4, text=16, stock=False, config_class=comfy.supported_models.SVD_img2vid),     # a batch is a video
 }
 
-OF_FAMILY = {"flux": ("flux", "flux2"), "nextdit": ("z_image",), "unet": ("sd15_like", "sdxl_like", "sd15")}
+OF_FAMILY = {"flux": ("flux", "flux2"), "nextdit": ("z_image",), "unet": ("sd15_like", "sdxl_like", "svd_like", "sd15")}
 UNSUPPORTED = ("wan", "qwen_image")
 
 

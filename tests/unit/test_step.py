@@ -62,6 +62,16 @@ def test_the_mean_width_of_the_steps_is_one(sigmas):
     assert sum(widths) / len(widths) == pytest.approx(1) and min(widths) >= 0
 
 
+@given(st.floats(0.02, 100), st.integers(2000, 4000))
+def test_a_step_of_the_variance_exploding_form_is_as_wide_as_that_of_a_flow_with_its_larger_error(sigma, steps):
+    """The same model in both forms: an error of 1 in its derivative is one of 1 + sigma in that of the flow."""
+    flow = [1 - n / steps for n in range(1, steps + 1)]
+    exploding = [t / (1 - t) for t in flow]
+    n = min(range(steps - 1), key=lambda n: abs(exploding[n] - sigma))
+    wide, same = Clock(exploding, flow=False).tick(exploding[n]).width, Clock(flow, flow=True).tick(flow[n]).width
+    assert same == pytest.approx(1) and wide == pytest.approx(1 + exploding[n], rel=0.1)
+
+
 def test_a_second_stage_of_a_step_is_not_another_step_and_does_not_rise():
     clock = Clock([1.0, 0.6, 0.3, 0.0], flow=True)
     steps = [clock.tick(sigma) for sigma in (1.0, 0.6, 0.6, 0.3, 0.3)]

@@ -86,6 +86,22 @@ def nothing(blocks: int) -> list:
     return [torch.nn.Sequential() for _ in range(blocks)]
 
 
+class Recalled(torch.nn.Module):
+    """A layer that gives a kept tensor, whatever goes in."""
+
+    def __init__(self, value: Tensor):
+        super().__init__()
+        self.value = value
+
+    def forward(self, h):
+        return self.value
+
+
+def recalled(value: Tensor) -> torch.nn.Module:
+    """A block that gives a kept tensor."""
+    return torch.nn.Sequential(Recalled(value))
+
+
 def patched(options: dict, patch: Callable, runs: Callable[[str, int], bool] | None = None) -> dict:
     """transformer_options with `patch` before the output patches of others, which fire only where their block runs."""
     patches = dict(options.get("patches", {}))

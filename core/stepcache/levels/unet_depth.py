@@ -10,7 +10,7 @@ schedule is policy 'interval', its non-uniform one 'centred interval'.
 from dataclasses import dataclass
 
 from ...knob import knob
-from .unet import INDEX, UnetLevel, joined, nothing, patched, standing_in
+from .unet import INDEX, UnetLevel, joined, nothing, patched, recalled, standing_in
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,17 @@ class UnetDepth(UnetLevel):
 
         def enter(h, hsp, options):
             place = options["block"][1]
-            if place < border:
-                return h, None      # the host joins nothing then
-            if place > border:
-                return h, hsp
-            entered.append(place)
-            options[INDEX] = cache.notes[INDEX]
-            return joined([cache.predict(row) for row in call.rows]), hsp
+            if place == border:
+                entered.append(place)
+                options[INDEX] = cache.notes[INDEX]
+            return h, hsp if place >= border else None      # the host joins nothing to h then
 
         def runs(way, place):
             return place < kept if way == "input" else place >= border
 
         inputs, outputs = list(call.network.input_blocks), list(call.network.output_blocks)
-        with standing_in(call.network, inputs[:kept] + nothing(len(inputs) - kept), nothing(border) + outputs[border:]):
+        deep = recalled(joined([cache.predict(row) for row in call.rows]))
+        with standing_in(call.network, inputs[:kept] + nothing(len(inputs) - kept), [deep] * border + outputs[border:]):
             result = compute(
                 transformer_options=patched(call.arguments["transformer_options"], enter, runs),
                 control=shallow(call.arguments.get("control"), kept, len(outputs)))

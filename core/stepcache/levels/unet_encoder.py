@@ -15,18 +15,7 @@ from torch import Tensor
 
 from ...knob import knob
 from ...store import Row
-from .unet import INDEX, UnetLevel, joined, patched, standing_in
-
-
-class Recalled(torch.nn.Module):
-    """A layer that gives a kept tensor, whatever goes in."""
-
-    def __init__(self, value: Tensor):
-        super().__init__()
-        self.value = value
-
-    def forward(self, h):
-        return self.value
+from .unet import INDEX, UnetLevel, joined, patched, recalled, standing_in
 
 
 @dataclass(frozen=True)
@@ -40,7 +29,7 @@ class UnetEncoder(UnetLevel):
         return 0, len(call.network.output_blocks)
 
     def watch(self, cache, call, compute):
-        parts = []      # [row][middle, hs_(L-1)..hs_0], as the output blocks take them
+        parts = []      # [middle, hs_(L-1)..hs_0][row], as the output blocks take them
 
         def look(h, hsp, options):
             taken = (h, hsp) if options["block"][1] == 0 else (hsp,)
@@ -57,7 +46,7 @@ class UnetEncoder(UnetLevel):
         return True, result
 
     def skip(self, cache, call, compute):
-        middle, *skips = [joined(list(parts)) for parts in zip(*(self.recalled(cache, row) for row in call.rows), strict=True)]
+        middle, *skips = [joined(list(parts)) for parts in zip(*(self.parts(cache, row) for row in call.rows), strict=True)]
         entered = []
 
         def enter(h, hsp, options):
@@ -67,13 +56,12 @@ class UnetEncoder(UnetLevel):
             options[INDEX] = cache.notes[INDEX]
             return middle, hsp
 
-        inputs = [torch.nn.Sequential(Recalled(value)) for value in reversed(skips)]
-        with standing_in(call.network, inputs, list(call.network.output_blocks)):
+        with standing_in(call.network, [recalled(value) for value in reversed(skips)], list(call.network.output_blocks)):
             result = compute(
                 transformer_options=patched(call.arguments["transformer_options"], enter, lambda way, place: way == "output"), control=None)
         return bool(entered), result
 
-    def recalled(self, cache, row: Row) -> list[Tensor]:
+    def parts(self, cache, row: Row) -> list[Tensor]:
         shapes = cache.notes[row]
         flat = cache.predict(row).split([shape.numel() for shape, _ in shapes])
         return [part.view(shape).to(dtype) for part, (shape, dtype) in zip(flat, shapes, strict=True)]
