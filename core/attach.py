@@ -3,6 +3,7 @@
 OUTER_SAMPLE opens and closes the run; PREDICT_NOISE is one solver evaluation; CALC_COND_BATCH tells the main pass
 from guidance that repeats it; APPLY_MODEL and DIFFUSION_MODEL are where rows and blocks are.
 """
+import inspect
 import logging
 import math
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from .report import Report
 from .run import Run, Settings
 from .runs import Runs
 from .stepcache.governor import stand_down
-from .stepcache.levels import BlockRange, Blocks, Call, GuidedOutput, ModelOutput, Seam
+from .stepcache.levels import BlockRange, Blocks, Call, GuidedOutput, ModelOutput, Seam, UnetEncoder
 from .store import Row
 
 log = logging.getLogger("reprise")
@@ -118,6 +119,8 @@ def predict_noise(executor, x, timestep, model_options=None, seed=None):
     sigma = timestep.flatten()[:1].float()
     now = sigma.item()
     run.begin(now, acting(getattr(executor.class_obj, "conds", {}), now))
+    if isinstance(run.level, UnetEncoder):
+        x = run.level.with_prior_noise(run.cache, x, run.clock.flow)
     if run.level.seam is Seam.GUIDED and now > 0:
         row = Row(str(x.device), 0, None, 0, None, tuple(x.shape))
         call = Call((row,), x, sigma.to(x.device).view([1] * x.ndim))
@@ -182,16 +185,25 @@ def diffusion_model(executor, *args, **kwargs):
     run = options.get(RUN)
     if run is None or not run.family.wrapped:
         return executor(*args, **kwargs)
-    return in_network(run, options, args[0] if args else kwargs.get("x"), executor.class_obj, lambda: executor(*args, **kwargs))
+    signature = inspect.signature(executor.original)
+
+    def compute(**changed):
+        bound = signature.bind(*args, **kwargs)
+        bound.arguments.update(changed)
+        return executor(*bound.args, **bound.kwargs)
+
+    arguments = signature.bind(*args, **kwargs).arguments
+    return in_network(run, options, args[0] if args else kwargs.get("x"), executor.class_obj, compute, arguments)
 
 
-def in_network(run: Run, options: dict, x, network, compute):
+def in_network(run: Run, options: dict, x, network, compute, arguments: dict | None = None):
     """A level that reaches into the network. What is not as the family's facts say is computed in full, and blocks left alone from then on."""
     rows = rows_of(run, options, x, Seam.NETWORK)
     if not rows or not run.family.matches(network) or not run.cache.enter(rows):
         return compute()
     try:
-        return run.level.evaluate(run.cache, Call(rows, blocks=Blocks.of(run.family, network)), compute)
+        blocks = Blocks.of(run.family, network) if run.family.stacks else None
+        return run.level.evaluate(run.cache, Call(rows, x, blocks=blocks, network=network, arguments=arguments), compute)
     except Unfamiliar as fact:
         run.without_blocks(ModelOutput(), f"{run.family.name} is not built as expected: {fact}")
         run.cache.ran(len(rows), 1.0)

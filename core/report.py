@@ -8,7 +8,7 @@ from statistics import median
 class Evaluation:
     sigma: float
     computed: bool
-    share: float                          # blocks computed / blocks of a full evaluation
+    share: float                          # blocks computed / blocks of a full evaluation; those of a UNet count by multiply-adds
     predicted_error: float | None = None  # what a skip here, taken or not, is expected to add to the relative L2 error of the final latent
     hindcast_error: float | None = None   # measured at a computed evaluation: what the skip would have added; same unit
     ms: float = 0.0

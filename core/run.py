@@ -10,7 +10,7 @@ from .step import Clock
 from .stepcache.cache import StepCache
 from .stepcache.corrections import Correction, NoCorrection
 from .stepcache.governor import DETERMINISTIC, Governor
-from .stepcache.levels import Level, Seam
+from .stepcache.levels import GuidedOutput, Level, Seam
 from .stepcache.look_back import LookBack
 from .stepcache.policies import Policy
 from .stepcache.predictors import Predictor
@@ -37,7 +37,7 @@ class Settings:
     def __post_init__(self):
         level = self.level.resolve(self.policy)
         if self.policy.needs_forward and not level.gates:
-            raise ValueError(f"policy '{self.policy.name}' must see the first blocks run, and level '{level.name}' runs none on a skip; "
+            raise ValueError(f"policy '{self.policy.name}' must see the first blocks run, and level '{level.name}' runs none before it decides; "
                              "choose level 'block range' or 'automatic'")
         if signal_of(self.policy) == MODEL_INPUT and level.seam is Seam.NETWORK:
             raise ValueError(f"policy '{self.policy.name}' must see the model's input and output, and level '{level.name}' works inside the model; "
@@ -64,6 +64,12 @@ class Run:
         self.report = Report(
             model=family.name, sampler=sampler, steps=self.clock.steps, policy=settings.policy.name, predictor=settings.predictor.name,
             level=self.level.name, settings=settings.as_dict())
+        if self.level.serves not in (None, family.kind):
+            self.level, unfit = GuidedOutput(), self.level
+            self.report.level = self.level.name
+            self.report.add_reason(f"level '{unfit.name}' is for a {unfit.serves} and {family.name} is a {family.kind}, so guided output is skipped instead")
+            if settings.policy.needs_forward:
+                self.report.add_reason(f"policy '{settings.policy.name}' cannot see its first blocks there, so everything is computed")
         if not steady:
             self.report.add_reason(f"{sampler} may add noise or build errors up, so at most one skip in a row")
         solver = SOLVERS.get(sampler) if getattr(self.level, "look_back", False) and plain else None

@@ -15,7 +15,7 @@ class Step:
     steps: int        # steps of the schedule
     sigma: float
     log_snr: float
-    gap: float        # the sigma that this step covers
+    gap: float        # how far a derivative of 1 moves x in this step; for a flow the sigma that it covers
     noise: float      # the share of noise in x, 0 to 1
     rises: bool = False   # sigma is above that of the evaluation before: a restart
 
@@ -33,7 +33,9 @@ class Clock:
     """Turns the sigma of an evaluation into a Step.
 
     sigmas: the schedule, falling, last one usually 0. `flow` tells rectified flow (x = (1 - sigma) x0 + sigma eps)
-    from the variance-exploding form, which matters for log-SNR alone.
+    from the variance-exploding form (x = x0 + sigma eps), the host's for SD 1.5 and SDXL whatever they predict. The
+    second is the first at t = sigma / (1 + sigma), with latents 1 + sigma times as large, so an error e of its derivative
+    is one of (1 + sigma) e there and moves the picture by (1 + sigma) e dt = e dsigma / (1 + sigma).
     """
 
     def __init__(self, sigmas: list[float], flow: bool):
@@ -46,11 +48,15 @@ class Clock:
         index = min(int(place + CLOSE), self.steps - 1)
         step = Step(
             evaluation=self.evaluations, place=place, steps=self.steps, sigma=sigma, log_snr=self.log_snr(sigma),
-            gap=abs(self.sigmas[index] - self.sigmas[index + 1]), noise=sigma if self.flow else sigma / math.hypot(sigma, 1.0),
+            gap=self.way(self.sigmas[index], self.sigmas[index + 1]), noise=sigma if self.flow else sigma / (1 + sigma),
             rises=self.before is not None and sigma > self.before * (1 + CLOSE),
         )
         self.evaluations, self.before = self.evaluations + 1, sigma
         return step
+
+    def way(self, above: float, below: float) -> float:
+        """How far a derivative of 1 moves x from one sigma to the other, x / (1 + sigma) where it is not a flow's."""
+        return abs(above - below if self.flow else math.log1p(above) - math.log1p(below))
 
     def place(self, sigma: float) -> float:
         falling = [-s for s in self.sigmas]

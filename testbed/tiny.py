@@ -70,7 +70,31 @@ def sd15(operations) -> nn.Module:
         use_temporal_resblock=False, dtype=torch.float32, device="cpu", operations=operations)
 
 
+def unet(operations, **config) -> nn.Module:
+    return UNetModel(**config, device="cpu", operations=operations)
+
+
 Z_IMAGE = ZImageConfig(cap_feat_dim=16, n_layers=4, ffn_dim_multiplier=1.0, multiple_of=32).as_dict()
+
+UNET = {     # three resolutions of two blocks each, where SD 1.5 has four and SDXL three
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [2, 2, 2], "channel_mult": (1, 2, 4),
+    "use_spatial_transformer": True, "context_dim": 16, "legacy": False, "use_temporal_attention": False, "use_temporal_resblock": False,
+    "dtype": torch.float32,
+}
+SD15_LIKE = {
+    **UNET, "transformer_depth": [1, 1, 1, 1, 0, 0], "transformer_depth_output": [1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1,
+    "use_linear_in_transformer": False, "adm_in_channels": None, "num_heads": 8, "num_head_channels": -1,
+}
+SDXL_LIKE = {
+    **UNET, "transformer_depth": [0, 0, 1, 1, 2, 2], "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2], "transformer_depth_middle": 2,
+    "use_linear_in_transformer": True, "num_classes": "sequential", "adm_in_channels": 16 + 6 * 256, "num_heads": -1, "num_head_channels": 64,
+}
+SVD_LIKE = {
+    **UNET, "in_channels": 8, "transformer_depth": [0, 0, 1, 1, 1, 1], "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1],
+    "transformer_depth_middle": 1, "use_linear_in_transformer": True, "num_classes": "sequential", "adm_in_channels": 3 * 256, "num_heads": -1,
+    "num_head_channels": 64, "use_temporal_resblock": True, "use_temporal_attention": True, "extra_ff_mix_layer": True, "use_spatial_context": True,
+    "merge_strategy": "learned_with_images", "merge_factor": 0.0, "video_kernel_size": [3, 1, 1], "attn_precision": torch.float32,
+}
 
 KINDS = {
     "flux": Kind(flux, {}, channels=16, text=16, pooled=16),
@@ -79,6 +103,9 @@ KINDS = {
     "z_image": Kind(z_image, Z_IMAGE, channels=16, text=16, metadata=lambda config: {"config": json.dumps({"transformer": config})}),
     "wan": Kind(wan, {}, channels=16, text=16, frames=1, metadata=lambda config: {"config": json.dumps({"transformer": {"text_dim": 16}})}),
     "sd15": Kind(sd15, {}, channels=4, text=768),
+    "sd15_like": Kind(config=SD15_LIKE, channels=4, host="SD15"),
+    "sdxl_like": Kind(config=SDXL_LIKE, channels=4, pooled=16, host="SDXL"),
+    "svd_like": Kind(config=SVD_LIKE, channels=4, host="SVD_img2vid"),     # a batch is a video
     **ZOO,
 }
 
@@ -88,8 +115,9 @@ OF_FAMILY = {
     "omnigen2": ("omnigen2",), "krea2": ("krea2",),
     "wan": ("wan", "wan_vace", "wan_camera", "wan_s2v", "wan_humo", "wan_animate", "wan_scail", "wan_scail2", "wan_dancer"),
     "hunyuan_video": ("hunyuan_video", "hunyuan_image"), "ltxv": ("ltxv",), "ltxav": ("ltxav",), "kandinsky5": ("kandinsky5",),
+    "unet": ("sd15_like", "sdxl_like", "svd_like", "sd15"),
 }
-UNSUPPORTED = ("wan_causal", "sd15")
+UNSUPPORTED = ("wan_causal",)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from .nextdit import NEXTDIT
 from .omnigen2 import OMNIGEN2
 from .qwen_image import QWEN_IMAGE
 from .sd3 import SD3
+from .unet import UNET
 from .wan import WAN
 
 FAMILIES = Registry(
@@ -34,6 +35,7 @@ FAMILIES = Registry(
     LTXV,
     LTXAV,
     KANDINSKY5,
+    UNET,
 )
 
 

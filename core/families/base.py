@@ -150,6 +150,7 @@ class Family:
     warm_up: int = 1                    # so many first evaluations of a run are computed
     # TeaCache's modulated input of the first block, from the block and a function that gives its arguments by name
     modulated: Callable[[object, Callable[[str], Tensor]], Tensor] | None = None
+    kind: str = "transformer"           # or "unet", which has no stacks; a level that reaches into the network is for one of them
 
     def matches(self, diffusion_model) -> bool:
         kind = type(diffusion_model)

@@ -36,6 +36,7 @@ class StepCache:
         self.store = Store(depth)
         self.grams: dict[Row, tuple[list[int], Gram]] = {}     # dot products of a row's snapshots, and whose they are
         self.computed: deque[Step] = deque(maxlen=depth)
+        self.notes: dict = {}                # what a level remembers of the network over the run; no tensors
         self.lock = threading.Lock()         # the host may evaluate conditions in several threads, one per GPU
         self.skipped_in_a_row, self.look_back, self.budget = 0, look_back, ErrorBudget(guidance, look_back is not None)
         self.broken = ""                     # why everything is computed from here on

@@ -26,6 +26,8 @@ OFF = {
     "ZEUS": {"policy": "ZEUS", "policy_knobs": {"preset": "custom", "start": 0, "end": 0}},
     "schedule": {"policy": "schedule", "policy_knobs": {"preset": "custom", "steps": ",".join(["1"] * 12)}},
     "temporal delta": {"policy": "temporal delta", "policy_knobs": {"threshold": 0.0}},
+    "centred interval": {"policy": "centred interval", "policy_knobs": {"interval": 1}},
+    "key steps": {"policy": "key steps", "end_percent": 0.0},
     "never": {"policy": Never(), "predictor": "automatic"},
     "never, gated": {"policy": NeverGated(), "predictor": "automatic"},
 }

@@ -32,7 +32,7 @@ def test_the_other_step_skipper_is_named(node):
 
 @pytest.mark.parametrize("policy", ["interval", Never()], ids=["skips", "never"])
 @pytest.mark.parametrize(("name", "level"), [
-    (name, level) for name in tiny.UNSUPPORTED for level in CONCRETE if name != "sd15" or level == "block range"])     # the UNet takes its time
+    (name, level) for name in tiny.UNSUPPORTED for level in CONCRETE])
 def test_a_model_of_no_known_family_is_served_without_a_look_at_its_blocks(name, level, policy):
     latent, report = run(model(name), name, steps=9, cached={"level": level, "policy": policy})
     assert report.state == "ran" and report.model == type(network(model(name))).__name__

@@ -5,6 +5,8 @@ from .base import Blocks, Call, Level, Seam
 from .block_range import BlockRange
 from .guided_output import GuidedOutput
 from .model_output import ModelOutput
+from .unet_depth import UnetDepth
+from .unet_encoder import UnetEncoder
 
 LEVELS = Registry(
     "level",
@@ -12,6 +14,8 @@ LEVELS = Registry(
     GuidedOutput,
     ModelOutput,
     BlockRange,
+    UnetDepth,
+    UnetEncoder,
 )
 
-__all__ = ["LEVELS", "BlockRange", "Blocks", "Call", "GuidedOutput", "Level", "ModelOutput", "Seam"]
+__all__ = ["LEVELS", "BlockRange", "Blocks", "Call", "GuidedOutput", "Level", "ModelOutput", "Seam", "UnetEncoder"]

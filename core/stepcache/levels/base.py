@@ -34,12 +34,17 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Call:
-    """x [B, ...] and sigma [B, 1, ...] as the seam has them; rows split the batch evenly, in order."""
+    """x [B, ...] and sigma [B, 1, ...] as the seam has them; rows split the batch evenly, in order.
+
+    network, arguments: the diffusion model and what it is called with, by name; for UNets, whose `compute` takes changed ones.
+    """
 
     rows: tuple[Row, ...]
     x: Tensor | None = None
     sigma: Tensor | None = None
     blocks: Blocks | None = None
+    network: Any = None
+    arguments: dict | None = None
 
 
 def derivative(x: Tensor, denoised: Tensor, sigma: Tensor) -> Tensor:
@@ -58,11 +63,12 @@ class Level(Protocol):
     name: str
     seam: Seam
     gates: bool    # it can run the first blocks before a decision
+    serves: str | None     # the kind of family it is for; None for any
 
     def resolve(self, policy) -> "Level":
         """The level that a run works at: itself, unless it only picks one."""
         ...
 
-    def evaluate(self, cache, call: Call, compute: Callable[[], Any]) -> Any:
+    def evaluate(self, cache, call: Call, compute: Callable[..., Any]) -> Any:
         """The result of the seam: that of `compute()`, untouched, or a prediction."""
         ...

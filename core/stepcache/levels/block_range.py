@@ -32,6 +32,7 @@ class BlockRange:
     name = "block range"
     seam = Seam.NETWORK
     gates = True
+    serves = "transformer"
     first_blocks: int = knob(
         1, "So many first blocks run on every step, at most all but one. More follow the model more closely and save less; 0 decides before any block.",
         0, 64, 1)

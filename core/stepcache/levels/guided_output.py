@@ -17,6 +17,7 @@ class GuidedOutput:
     name = "guided output"
     seam = Seam.GUIDED
     gates = False
+    serves = None
     look_back: bool = knob(True, "A computed step makes up for what the skipped ones before it got wrong. With euler, ddim and dpmpp_2m.")
 
     def resolve(self, policy):

@@ -14,6 +14,7 @@ class ModelOutput:
     name = "model output"
     seam = Seam.MODEL
     gates = False
+    serves = None
 
     def resolve(self, policy):
         return self
