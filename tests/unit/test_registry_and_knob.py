@@ -3,7 +3,6 @@ from dataclasses import dataclass, fields
 
 import pytest
 
-from pack.core.families import FAMILIES, family_of
 from pack.core.knob import checked, knob, knobs, settings
 from pack.core.registry import Registry
 from pack.core.run import Settings
@@ -78,26 +77,3 @@ def test_settings_are_hashable_plain_and_refuse_a_policy_that_sees_nothing(polic
     else:
         hash(Settings(*parts))
         assert Settings(*parts).as_dict()["policy"]["name"] == policy and LEVELS[level]().resolve(parts[0]).seam
-
-
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_every_family_tells_a_class_and_stacks_that_can_be_told_apart(family):
-    module, _, name = family.model.partition(":")
-    assert module.startswith("comfy.ldm.") and name.isidentifier() and family.stacks
-    for stack in family.stacks:
-        assert stack.stream in stack.inputs and stack.stream in stack.returns and set(stack.returns) <= set(stack.inputs)
-    made = type(name, (), {"__module__": module, "__qualname__": name})
-    assert family.matches(made()) and family_of(made()) is family
-    assert not family.matches(type("Child", (made,), {})()) and family_of(object()) is None
-
-
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-@pytest.mark.parametrize("by_name", [True, False], ids=["by name", "by place"])
-def test_a_block_that_does_nothing_returns_what_it_took(family, by_name):
-    for stack in family.stacks:
-        values = {name: object() for name in stack.inputs}
-        args, kwargs = ((), values) if by_name else (tuple(values.values()), {})
-        assert stack.taken(args, kwargs) is values[stack.stream]
-        assert stack.given(stack.passed(args, kwargs)) is values[stack.stream]
-        other = object()
-        assert stack.given(stack.passed(args, kwargs, other)) is other
