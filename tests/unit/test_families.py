@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from pack.core.families import FAMILIES, Side, Stack, Unfamiliar, family_of
-from pack.core.stepcache.levels.block_range import BlockRange, alike, signal_of
+from pack.core.stepcache.levels.block_range import BlockRange, alike
 
 JOINED = Stack("double", inputs=("img", "txt"), stream="img", returns=("img", "txt"), joined=("txt", "img"))
 PAIR = Stack("pair", inputs=("x",), packed=("video", "audio"), stream="video", also=("audio",), returns=("video", "audio"), joined=("video",))
@@ -100,17 +100,13 @@ def test_streams_of_unlike_length_weigh_alike_in_a_signal():
     assert alike([long]) is long
 
 
-def test_a_policy_may_say_what_it_wants_to_see():
-    class Plain:
-        needs_forward = False
-
-    class Gate(Plain):
+def test_a_gate_on_the_first_blocks_wants_one_and_an_earlier_gate_none():
+    class Gate:
         name, needs_forward = "gate", True
 
     class Early(Gate):
         signal = "modulated input"
 
-    assert [signal_of(policy) for policy in (Plain, Gate, Early)] == ["", "first block", "modulated input"]
     assert BlockRange(first_blocks=0).resolve(Early).first_blocks == 0
     with pytest.raises(ValueError, match="first_blocks is 0"):
         BlockRange(first_blocks=0).resolve(Gate)
