@@ -260,7 +260,7 @@ def test_a_gate_before_the_first_block_skips_all_blocks_or_says_why_it_cannot(na
     inner = [next(m for part, m in block.named_modules() if isinstance(m, torch.nn.Linear) and "mod" not in part) for block in blocks(name)]
     with counted(inner) as calls, pytest.MonkeyPatch.context() as patch:
         asked = StepCache.skips
-        patch.setattr(StepCache, "skips", lambda self, signal=None, row=None: signals.append(signal is not None) or asked(self, signal, row))
+        patch.setattr(StepCache, "skips", lambda self, signal=None, row=None, x=None: signals.append(signal is not None) or asked(self, signal, row, x))
         latent, report = run(model(name), name, steps=STEPS, cfg=1.0, cached={"policy": Gate(evaluations=(3, 5, 6)), **levelled(0, 0)})
     if family(name).modulated is None:
         assert torch.equal(latent, sample(model(name), name, steps=STEPS, cfg=1.0))

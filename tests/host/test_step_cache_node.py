@@ -154,8 +154,9 @@ def test_custom_settings_arrive():
     assert got == {
         "policy": {"name": "interval", "interval": 3, "warm_up": 3},
         "predictor": {"name": "divided differences", "order": 2, "coordinate": "step index"},
-        "level": {"name": "block range", "first_blocks": 2, "last_blocks": 1}, "start_percent": 0.1, "end_percent": 0.9, "max_consecutive_skips": 7,
-        "preset": "custom", "correction": {"name": "none"}}
+        "level": {"name": "block range", "first_blocks": 2, "last_blocks": 1},
+        "start_percent": 0.1, "end_percent": 0.9, "max_consecutive_skips": 7, "preset": "custom",
+        "correction": {"name": "none"}}
 
 
 def test_the_node_may_be_called_from_a_script():

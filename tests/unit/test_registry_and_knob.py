@@ -2,9 +2,7 @@
 from dataclasses import dataclass, fields
 
 import pytest
-import torch
 
-from pack.core.families import FAMILIES, family_of
 from pack.core.knob import checked, knob, knobs, settings, whole_numbers
 from pack.core.registry import Registry
 from pack.core.run import Settings
@@ -102,31 +100,3 @@ def test_settings_are_hashable_plain_and_refuse_a_policy_that_sees_nothing(polic
     else:
         hash(Settings(*parts))
         assert Settings(*parts).as_dict()["policy"]["name"] == policy and LEVELS[level]().resolve(parts[0]).seam
-
-
-CLASSES = [pytest.param(family, model, id=f"{family.name}: {model.rpartition(':')[2]}") for family in FAMILIES.values() for model in family.models]
-
-
-@pytest.mark.parametrize(("family", "model"), CLASSES)
-def test_every_family_tells_its_classes_and_stacks_that_can_be_told_apart(family, model):
-    module, _, name = model.partition(":")
-    assert module.startswith("comfy.ldm.") and name.isidentifier() and bool(family.stacks) == (family.kind == "transformer")
-    for stack in family.stacks:
-        assert stack.stream in (*stack.inputs, *stack.packed) and stack.stream in stack.returns and set(stack.returns) <= {*stack.inputs, *stack.packed}
-        assert set(stack.joined) <= set(stack.returns) and set(stack.also) <= set(stack.returns)
-    made = type(name, (), {"__module__": module, "__qualname__": name})
-    assert family.matches(made()) and family_of(made()) is family
-    assert not family.matches(type("Child", (made,), {})()) and family_of(object()) is None
-
-
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-@pytest.mark.parametrize("by_name", [True, False], ids=["by name", "by place"])
-def test_a_block_that_does_nothing_returns_what_it_took(family, by_name):
-    for stack in family.stacks:
-        packed = {name: torch.randn(1, 3, 4) for name in stack.packed}
-        values = {name: torch.randn(1, 3, 4) for name in stack.inputs} | ({stack.inputs[0]: tuple(packed.values())} if packed else {})
-        args, kwargs = ((), values) if by_name else (tuple(values.values()), {})
-        taken, known = stack.taken(args, kwargs), values | packed
-        assert all(taken[name] is known[name] for name in stack.returns)
-        given = stack.given(stack.passed(taken))
-        assert all(given[name] is known[name] for name in stack.returns)

@@ -17,14 +17,10 @@ import torch
 
 from ...families import Unfamiliar
 from ...knob import knob
+from ..signal import FIRST_BLOCK, MODULATED_INPUT, signal_of
 from .base import Seam
 
 ABSENT = object()
-
-
-def signal_of(policy) -> str:
-    """What a policy wants to see of a call before it decides."""
-    return getattr(policy, "signal", "first block" if policy.needs_forward else "")
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class BlockRange:
     last_blocks: int = knob(0, "So many last blocks run on every step, after what is predicted. With 1 or more the text tokens are kept too.", 0, 64, 1)
 
     def resolve(self, policy):
-        if signal_of(policy) == "first block" and not self.first_blocks:
+        if signal_of(policy) == FIRST_BLOCK and not self.first_blocks:
             raise ValueError(f"policy '{policy.name}' must see the first blocks run, and first_blocks is 0; set it to 1 or more")
         return self
 
@@ -152,12 +148,12 @@ class Passage:
         """The first block is about to run."""
         values, family = stack.taken(args, kwargs), self.blocks.family
         self.count_tokens(values, stack)
-        if self.signal == "first block":
+        if self.signal == FIRST_BLOCK:
             self.begun = {name: value.clone() for name, value in self.images(values, stack).items()}    # blocks write into their input
-        elif self.signal == "modulated input" and family.modulated is None:
+        elif self.signal == MODULATED_INPUT and family.modulated is None:
             self.cache.give_up(f"what modulates the first block of {family.name} is not known, and policy '{self.cache.policy.name}' needs it, "
                                "so everything is computed; choose error control")
-        elif self.signal == "modulated input":
+        elif self.signal == MODULATED_INPUT:
             self.cache.skips(self.own(family.modulated_input(stack, block, args, kwargs)), self.rows[0])
 
     def enter(self, values: dict, stack) -> None:
