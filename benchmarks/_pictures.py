@@ -1,5 +1,4 @@
 """The pictures that step caching is measured on: which model, which captions, which noise, and how far two results are apart."""
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,12 @@ import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 from torch import Tensor
 
+from pack.compare import metrics
 from testbed import captions, procedural
 from testbed.nodes.patch_vae import PatchVAE
 from testbed.nodes.text import encode
 
 MODELS = Path(__file__).resolve().parent.parent / "testbed" / "models"
-EXACT = 120.0    # dB, for pictures that are equal
 
 
 @dataclass(frozen=True)
@@ -68,5 +67,4 @@ def sample_under(patcher, conds: tuple[list, list], noise: Tensor, steps: int, c
 
 def psnr(latent: Tensor, reference: Tensor) -> float:
     """dB between the decoded, clamped pictures, peak 1."""
-    error = (VAE.decode(latent) - VAE.decode(reference)).square().mean().item()
-    return EXACT if error < 1e-12 else -10 * math.log10(error)
+    return metrics.psnr(VAE.decode(latent), VAE.decode(reference))
