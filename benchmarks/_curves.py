@@ -2,7 +2,8 @@
 
 A curve holds the settings of one method that differ in strength alone. A setting stays on its curve if on the set CHOOSE
 no other is at least as near with at most as many evaluations; what the curve is worth is read from the set SCORE. Between
-two settings dB is taken to be linear in log(evaluations), for each picture by itself; beyond its ends a curve says nothing.
+two settings dB is taken to be linear in log(evaluations), for each picture by itself. Who may spend more evaluations than
+the dearest setting takes can still use that one, so there its value stands; below the cheapest a curve says nothing.
 """
 import json
 import math
@@ -40,13 +41,13 @@ class Curve:
         return front
 
     def at(self, evaluations: float, which: str) -> list[float] | None:
-        """dB of every picture of a set at so many evaluations; None where no two settings enclose them."""
+        """dB of every picture of a set at so many evaluations; None where every setting takes more."""
         rows = [self.points[which][settings] for settings in self.kept() if settings in self.points[which]]
         return between([(row["evaluations"], row["psnr_image_each"]) for row in rows], evaluations)
 
 
 def between(points: list[tuple[float, list[float]]], at: float) -> list[float] | None:
-    """Linear in log(evaluations), for each of the values by itself; of points at one place the later one holds."""
+    """Linear in log(evaluations), for each of the values by itself, and as the last point beyond it; of points at one place the later one holds."""
     known = sorted(dict(points).items())
     for place, values in known:
         if math.isclose(place, at, rel_tol=1e-6):
@@ -55,7 +56,7 @@ def between(points: list[tuple[float, list[float]]], at: float) -> list[float] |
         if a < at < b:
             share = math.log(at / a) / math.log(b / a)
             return [x + share * (y - x) for x, y in zip(low, high, strict=True)]
-    return None
+    return list(known[-1][1]) if known and at > known[-1][0] else None
 
 
 def curves(rows: Iterable[dict]) -> dict[tuple, list[Curve]]:

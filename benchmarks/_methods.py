@@ -27,7 +27,6 @@ TOLERANCES = tuple(float(f"{0.0025 * 2 ** (k / 4):.3g}") for k in range(29))    
 HOST_NODES = {"host EasyCache": EasyCacheNode, "host LazyCache": LazyCacheNode}
 HOST_THRESHOLDS = (0.1, 0.2, 0.4)
 MASK_ORDERS = (1, 2)
-MASK_WARM_UP = 1        # the first step alone; 2, 3 and 4 came less near on almost every cell that was tried
 
 
 @dataclass(frozen=True)
@@ -135,9 +134,10 @@ def error_control(tolerance: float, steps: int) -> Own:
     return Own(ERROR_CONTROL, cache, {"tolerance": tolerance}, 0.5 * steps)
 
 
-def mask(count: int, order: int, steps: int, warm_up: int = MASK_WARM_UP) -> Own:
+def mask(count: int, order: int, steps: int) -> Own:
+    """The first order + 1 steps are those that the predictor needs; more of them came less near on every cell that was tried."""
     predictor = entry("divided differences", order=order)
-    cache = Settings(Mask(spread(steps, count, warm_up)), predictor.made(PREDICTORS), LEVELS["automatic"](), max_consecutive_skips=steps)
+    cache = Settings(Mask(spread(steps, count, order + 1)), predictor.made(PREDICTORS), LEVELS["automatic"](), max_consecutive_skips=steps)
     return Own("mask", cache, {"computed": count, "predictor": predictor.told(), "level": "automatic"}, count)
 
 
@@ -173,7 +173,7 @@ def methods(steps: int, quick: bool = False) -> list:
     return [
         *(Plain(count) for count in (steps, *reversed(every))),
         *(error_control(tolerance, steps) for tolerance in tolerances),
-        *(mask(count, order, steps) for order in MASK_ORDERS for count in every),
+        *(mask(count, order, steps) for order in MASK_ORDERS for count in every if count > order + 1),
         *policies(steps, quick),
         *(Host(name, threshold, steps) for name in HOST_NODES for threshold in (HOST_THRESHOLDS[1:2] if quick else HOST_THRESHOLDS)),
     ]

@@ -14,7 +14,8 @@ INTRODUCTION = """# Step Cache, measured
 Made by `python3 dev.py bench step-cache`; the rows are in step-cache.json, the plot in step-cache.png.
 
 Every number compares a run with the host's full run of the same length, sampler and seed. Conditions: fp32, CPU, one thread, 128 px, scheduler simple,
-each set of {prompts} prompts x {seeds} seeds sampled as one batch, which shares the decisions. Settings are chosen on one set and scored on another.
+each set of {prompts} prompts x {seeds} seeds sampled as one batch, which shares the decisions. Settings are chosen on one set and scored on another:
+a method's curve is made of the settings that no other of its settings beats on the first, and read, linear in log(evaluations), from the second.
 
 * evaluations: blocks computed over blocks of a full evaluation, summed over the run; for plain sampling and the host's caches, calls of the model
   per picture and condition

@@ -103,7 +103,7 @@ def not_below_the_best(grid: dict, seeds: int) -> list[Finding]:
     each = tuple(f"{named(cell)}: {statistics.mean(values):+.2f} dB over {len(values)} counts" for cell, values in sorted(gains.items()))
     by_name = ", ".join(f"{name} {n}" for name, n in lost_to.most_common())
     lost = (f"below by mean at {lost_to.total()} of {looked - silent}: {by_name}",) if lost_to else ()
-    unknown = (f"{silent} of {looked} places have no setting of ours or of a rival on both sides",) if silent else ()
+    unknown = (f"{silent} of {looked} places lie below the cheapest setting of ours or of every rival",) if silent else ()
     return [
         Finding("1 average, cells with 12 or more evaluations, not below the best single setting", overall.mean >= 0, str(overall), each + lost + unknown),
         Finding("1 no cell more than 1 dB below", not surely_below,

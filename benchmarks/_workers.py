@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Empty, Queue
 
@@ -44,7 +44,7 @@ class Broken(RuntimeError):
     """A worker ended before its time."""
 
 
-def spread(tasks: list[dict], processes: int) -> "iter":
+def spread(tasks: list[dict], processes: int) -> Iterator[dict]:
     """The rows of all tasks, in the order in which they get ready. Workers end with this generator, however it ends."""
     waiting, rows = deque(tasks), Queue()
     workers = [Worker(waiting, rows) for _ in range(min(processes, len(tasks)))]
@@ -102,7 +102,7 @@ class Worker:
         self.process.wait()
 
 
-def serve(answer: Callable[[dict], "iter"]) -> None:
+def serve(answer: Callable[[dict], Iterator[dict]]) -> None:
     """The worker's side. What the host prints goes to stderr, so that stdout carries rows alone."""
     sys.stdout.flush()
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")

@@ -1,0 +1,192 @@
+"""The benchmark's rows are sane: what is exact is identical, what is counted was computed, and nothing is measured twice."""
+from dataclasses import asdict
+
+import pytest
+import torch
+
+import benchmarks._engine as engine_cost
+from benchmarks import _campaign, _grid, _methods, _verdict
+from benchmarks._pictures import conditions
+from benchmarks._rows import Rows
+from pack.core.knob import knobs
+from pack.core.stepcache.levels import LEVELS
+from pack.core.stepcache.policies import POLICIES
+
+CELL = _grid.Cell("flux", "euler", 20, 1.0, _grid.SCORE, prompts=1)
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return _grid.Bench(CELL)
+
+
+def by_name(name: str, steps: int = 20) -> list:
+    return [method for method in _methods.methods(steps) if method.name == name]
+
+
+def test_plain_sampling_at_full_length_is_identical(bench):
+    row = bench.row(_methods.Plain(20))
+    assert row["psnr_image_db"] == row["psnr_latent_db"] == 120 and row["rel_l2_max"] == 0 and row["evaluations"] == 20
+
+
+def test_error_control_at_tolerance_0_is_identical(bench):
+    row = bench.row(_methods.error_control(0.0, 20))
+    assert row["rel_l2_each"] == [0.0, 0.0] and row["ssim"] == 1 and row["evaluations"] == row["computed_steps"] == 20
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.5])
+@pytest.mark.parametrize("name", list(_methods.HOST_NODES))
+def test_the_hosts_caches_run_and_skip(name, cfg):
+    row = _grid.Bench(_grid.Cell("flux", "euler", 20, cfg, prompts=1)).row(_methods.Host(name, 0.4, 20))
+    assert 8 <= row["evaluations"] < 20 and row["psnr_image_db"] < 60
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.5])
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("order", _methods.MASK_ORDERS)
+def test_a_mask_computes_as_many_steps_as_it_says_and_the_model_sees_no_more(cfg, alone, order):
+    bench = _grid.Bench(_grid.Cell("flux", "euler", 20, cfg, prompts=1, alone=alone))
+    with _grid.counted(bench.patcher) as seen:
+        row = bench.row(_methods.mask(7, order, 20))
+    assert row["evaluations"] == row["computed_steps"] == 7
+    assert seen[0] == 7 * 2 * (1 if cfg == 1 else 2)
+
+
+@pytest.mark.parametrize("steps", _grid.STEPS)
+@pytest.mark.parametrize("warm_up", [1, 2, 3])
+def test_a_mask_has_its_count_its_first_and_its_last_step(steps, warm_up):
+    for count in range(warm_up + 1, steps + 1):
+        computed = _methods.spread(steps, count, warm_up)
+        assert len(set(computed)) == count and set(range(warm_up)) <= set(computed) and computed[-1] == steps - 1
+        gaps = [b - a for a, b in zip(computed[warm_up - 1:], computed[warm_up:], strict=False)]
+        assert max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "error control"])
+def test_every_policy_is_measured(name):
+    assert by_name(name)
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_settings_of_the_benchmark_are_knobs_of_their_policies(name):
+    known = {field.name for field in knobs(POLICIES[name])}
+    if name in _methods.SETTINGS:
+        series = _methods.SETTINGS[name]
+        assert len(series.strengths) >= 3 and all(known.issuperset(strength) for strength in series.strengths) and series.level in LEVELS
+
+
+def test_a_policy_without_settings_runs_at_its_defaults_and_says_so(monkeypatch, caplog):
+    monkeypatch.delitem(_methods.SETTINGS, "interval")
+    (method,) = by_name("interval")
+    assert method.cache.policy == POLICIES["interval"]() and "SETTINGS" in caplog.text
+
+
+def test_no_two_methods_of_a_cell_share_a_row():
+    for steps in _grid.STEPS:
+        chosen = _methods.methods(steps)
+        assert len({_campaign.identity(_grid.heading(CELL, method)) for method in chosen}) == len(chosen)
+
+
+def test_the_two_sets_have_no_picture_in_common():
+    for subject in _grid.SUBJECTS.values():
+        choose, score = (subject.pictures(which, 8) for which in (_grid.CHOOSE, _grid.SCORE))
+        texts = [{row.numpy().tobytes() for row in pictures.conds[0][0][0]} for pictures in (choose, score)]
+        noises = [{row.numpy().tobytes() for row in pictures.noise} for pictures in (choose, score)]
+        assert not texts[0] & texts[1] and not noises[0] & noises[1] and len(noises[0]) == 16 and len(texts[0]) == 8, subject.name
+
+
+def test_a_picture_sampled_by_itself_is_that_of_the_batch():
+    batch, alone = (_grid.Bench(_grid.Cell("flux", "euler", 20, 1.0, prompts=1, alone=alone)) for alone in (False, True))
+    torch.testing.assert_close(batch.full, alone.full, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_without_pictures_is_measured_by_its_latents():
+    row = _grid.Bench(_grid.Cell("wan", "euler", 20, 1.0, prompts=1)).row(_methods.Plain(12))
+    assert row["psnr_image_db"] is None and row["ssim"] is None and 0 < row["rel_l2_median"] and row["evaluations"] == 12
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """A grid of one cell and four methods."""
+    chosen = [_methods.Plain(20), _methods.Plain(8), _methods.error_control(0.03, 20), _methods.mask(8, 1, 20)]
+    monkeypatch.setattr(_methods, "methods", lambda steps, quick=False: chosen)
+    return [_grid.Cell(**asdict(CELL) | {"set": which}) for which in (_grid.CHOOSE, _grid.SCORE)]
+
+
+def measured(monkeypatch) -> list:
+    """The methods that are really run, from here on."""
+    run, row = [], _grid.Bench.row
+    monkeypatch.setattr(_grid.Bench, "row", lambda self, method: (run.append(method.name), row(self, method))[1])
+    return run
+
+
+def test_a_stopped_table_goes_on_and_a_new_engine_measures_its_own_rows_alone(few, monkeypatch, tmp_path):
+    rows, run = Rows(tmp_path / "step-cache.json"), measured(monkeypatch)
+    _campaign.fill(rows, few, only=["plain"])
+    assert run == ["plain"] * 4
+    run.clear()
+    _campaign.fill(Rows(rows.path), few)
+    assert sorted(run) == ["error control", "error control", "mask", "mask"]
+    run.clear()
+    _campaign.fill(Rows(rows.path), few)
+    assert run == []
+    monkeypatch.setattr(_grid, "engine", lambda: "another")
+    assert _campaign.stale_rows(Rows(rows.path)) == 4
+    _campaign.fill(Rows(rows.path), few)
+    assert sorted(run) == ["error control", "error control", "mask", "mask"] and _campaign.stale_rows(Rows(rows.path)) == 0
+
+
+def test_an_interrupt_keeps_the_rows_that_are_there(few, monkeypatch, tmp_path):
+    rows, row = Rows(tmp_path / "step-cache.json"), _grid.Bench.row
+
+    def interrupted(self, method):
+        if method.name != "plain":
+            raise KeyboardInterrupt
+        return row(self, method)
+
+    monkeypatch.setattr(_grid.Bench, "row", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _campaign.fill(rows, few)
+    assert [made["method"] for made in Rows(rows.path)] == ["plain", "plain"]
+
+
+def test_the_files_are_made_from_the_rows_and_the_verdict_reads_them(few, tmp_path):
+    rows = Rows(tmp_path / "step-cache.json")
+    _campaign.fill(rows, few)
+    findings = _campaign.publish(rows, tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png"}
+    assert "tiny_flux_trained128 (3.4 M parameters)" in (tmp_path / "step-cache.md").read_text()
+    assert {finding.promise[0] for finding in findings} == {"1", "2", "3"} and any(finding.kept is not None for finding in findings)
+    assert findings == _verdict.verdict(Rows(rows.path))
+
+
+def test_the_engine_hash_sees_code_and_not_comments(monkeypatch, tmp_path):
+    (tmp_path / "core").mkdir()
+    file = tmp_path / "core" / "a.py"
+    monkeypatch.setattr(_grid, "ROOT", tmp_path)
+    found = []
+    for text in ("x = 1\n", '"""Told."""\nx = 1  # why\n', "x = 2\n"):
+        file.write_text(text)
+        found.append(_grid.engine.__wrapped__())
+    assert found[0] == found[1] != found[2]
+
+
+# what the engine costs -------------------------------------------------------------------------------------------------
+def test_the_engines_cost_is_measured_at_every_level_of_flux():
+    sizes = {"hidden_size": 128, "num_heads": 1, "depth": 1, "depth_single_blocks": 3, "context_in_dim": 64, "vec_in_dim": 64}
+    patcher = engine_cost.flux_of(sizes, torch.device("cpu"), torch.float32)
+    noise = torch.randn((1, 16, 16, 16), generator=torch.Generator().manual_seed(0))
+    scene = engine_cost.Scene("small", patcher, conditions(["red heart"]), noise, 10, 10, engine_cost.time.thread_time)
+    rows = {row["level"]: row for row in engine_cost.rows(scene)}
+    assert {"guided output", "model output", "block range"} <= set(rows)
+    for row in rows.values():
+        assert 0 < row["engine_ms"] < row["evaluation_ms"] and row["computed_evaluations"] == 10 and row["skipped_evaluations"] == 4, row
+        assert row["skip_engine_ms"] > 0 and row["cache_mib"] > 0
+    assert rows["guided output"]["skip_block_share"] == rows["model output"]["skip_block_share"] == 0
+    assert rows["block range"]["skip_block_share"] == 0.25
+
+
+def test_without_a_gpu_its_measurement_is_refused_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        engine_cost.on_gpu()
