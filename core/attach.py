@@ -8,9 +8,11 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import comfy.model_patcher
 import comfy.model_sampling
+import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_execution.utils import get_executing_context
@@ -19,8 +21,10 @@ from .families import Family, Unfamiliar, family_of
 from .report import Report
 from .run import Run, Settings
 from .runs import Runs
+from .stepcache.calibrate import facts_of, model_facts, profiles_folder, sampler_name
 from .stepcache.governor import stand_down
 from .stepcache.levels import BlockRange, Blocks, Call, GuidedOutput, ModelOutput, Seam, UnetEncoder
+from .stepcache.profiles import read
 from .store import Row
 
 log = logging.getLogger("reprise")
@@ -56,6 +60,13 @@ def attach_step_cache(model, settings: Settings, notify: Callable[[Report], None
     return clone
 
 
+def check_profile(model, settings: Settings) -> None:
+    """Raise where it can be known before a run that the settings' profile cannot serve this model."""
+    check = getattr(settings.policy, "check", None)
+    if check is not None:
+        check(partial(read, profiles_folder()), **model_facts(model))
+
+
 def runs_on(model) -> Runs | None:
     """The runs that ended on this model and its clones; None where no step cache is on it."""
     attachment = model.model_options.get("transformer_options", {}).get(KEY)
@@ -67,7 +78,7 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs
     attachment = guider.model_options.get("transformer_options", {}).get(KEY)
     if attachment is None:      # a guider that took the wrappers along but not the options
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-    run, report = open_run(attachment.settings, guider, sampler, sigmas)
+    run, report = open_run(attachment.settings, guider, sampler, sigmas, noise.shape[1:])
     if run is None:
         attachment.tell(report)
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -87,10 +98,10 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs
         attachment.tell(report)
 
 
-def open_run(settings: Settings, guider, sampler, sigmas) -> tuple[Run | None, Report]:
+def open_run(settings: Settings, guider, sampler, sigmas, shape) -> tuple[Run | None, Report]:
     """The run, or None and a report that says why there is none."""
     options = guider.model_options["transformer_options"]
-    name = getattr(getattr(sampler, "sampler_function", None), "__name__", type(sampler).__name__).removeprefix("sample_")
+    name = sampler_name(sampler)
     network = guider.model_patcher.model.diffusion_model
     family = family_of(network) or Family(type(network).__name__)
     wrappers = {key for kind in options.get("wrappers", {}).values() for key, entries in kind.items() if entries}
@@ -102,8 +113,11 @@ def open_run(settings: Settings, guider, sampler, sigmas) -> tuple[Run | None, R
     start, end = (float(space.percent_to_sigma(percent)) for percent in (settings.start_percent, settings.end_percent))
     flow = isinstance(space, comfy.model_sampling.CONST)
     plain = not getattr(sampler, "extra_options", {}).get("s_churn", 0.0)
+    guidance = float(getattr(guider, "cfg", 1.0))
+    own = type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise      # such as two CFG scales
+    facts = facts_of(guider.model_patcher, sampler, schedule, shape, math.nan if own else guidance)
     run = Run(settings, family, schedule, flow, name, math.inf if settings.start_percent <= 0 else start, end if settings.end_percent < 1 else 0.0,
-              plain, float(getattr(guider, "cfg", 1.0)))
+              plain, guidance, facts, partial(read, profiles_folder()))
     if isinstance(run.level, BlockRange) and not family.stacks:
         run.without_blocks(GuidedOutput(), f"{family.name} is of no known model family")
     return run, run.report

@@ -1,6 +1,7 @@
 """One sampling run: it begins, knows where it is, and ends. It owns every tensor that lives across evaluations."""
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .families import Family
@@ -16,6 +17,7 @@ from .stepcache.policies import Policy
 from .stepcache.predictors import Predictor
 from .stepcache.predictors.divided_differences import DividedDifferences
 from .stepcache.predictors.hold import Hold
+from .stepcache.profiles import Facts, Profile
 from .stepcache.signal import MODEL_INPUT, signal_of
 from .stepcache.solvers import SOLVERS
 from .store import Row
@@ -55,8 +57,11 @@ class Run:
     """Opened and closed around the host's outer sampling call; lives in that call's model options only."""
 
     def __init__(self, settings: Settings, family: Family, sigmas: list[float], flow: bool, sampler: str, start_sigma: float, end_sigma: float,
-                 plain: bool = True, guidance: float = 1.0):
-        """`plain` says that the sampler runs without churn, which would put noise between two steps; `guidance` is the CFG scale."""
+                 plain: bool = True, guidance: float = 1.0, facts: Facts | None = None, read: Callable[[str], Profile] | None = None):
+        """`plain` says that the sampler runs without churn, which would put noise between two steps; `guidance` is the CFG scale.
+
+        `facts` and `read`, which gives a profile by name, are for policies that depend on the run.
+        """
         self.family, self.level = family, settings.level.resolve(settings.policy)
         self.clock = Clock(sigmas, flow)
         steady = sampler in DETERMINISTIC
@@ -75,8 +80,13 @@ class Run:
         solver = SOLVERS.get(sampler) if getattr(self.level, "look_back", False) and plain else None
         most = settings.max_consecutive_skips if steady else min(settings.max_consecutive_skips, 1)
         governor = Governor(start_sigma, end_sigma, most, family.warm_up)
-        self.cache = StepCache(settings.policy, candidates, governor, self.report, settings.correction.start(), solver and LookBack(solver, sigmas), guidance)
-        refuses = getattr(settings.policy, "refuses", None)
+        policy = settings.policy
+        if facts is not None and hasattr(policy, "bound"):
+            policy = policy.bound(read, facts, most, self.may_skip(governor, flow), solver is not None)
+            if policy.note:
+                self.report.add_reason(policy.note)
+        self.cache = StepCache(policy, candidates, governor, self.report, settings.correction.start(), solver and LookBack(solver, sigmas), guidance)
+        refuses = getattr(policy, "refuses", None)
         if refuses is not None and (why := refuses(family.name, self.clock.steps, sampler)):
             self.cache.give_up(f"{why}, so everything is computed")
         self.begun: float | None = None     # when the first evaluation began; models were loaded before
@@ -84,6 +94,12 @@ class Run:
         self.ordinal: int | None = None     # none outside an evaluation, and before the host comes to its conditions
         self.inside = False
         self.acting: tuple = ()
+
+    def may_skip(self, governor: Governor, flow: bool) -> list[bool]:
+        """For each step of the schedule, whether the governor would leave it to the policy."""
+        clock = Clock(self.clock.sigmas, flow)
+        steps = [clock.tick(sigma) for sigma in clock.sigmas[:-1]]
+        return [not governor.must_compute(step, tuple(steps[:n]), 0) for n, step in enumerate(steps)]
 
     def begin(self, sigma: float, acting: tuple = ()) -> None:
         """A solver evaluation begins. `acting` tells which conditions act in it."""

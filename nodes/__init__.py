@@ -8,6 +8,7 @@ log = logging.getLogger("reprise")
 
 GROUPS = (
     "step_cache",
+    "step_cache_calibrate",
     "run_report",
     "compare_runs",
 )

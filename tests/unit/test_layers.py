@@ -23,10 +23,12 @@ LAYERS = (
     ("", 6),
 )
 NODES_MAY_SEE = ("core.attach", "core.presets", "core.run", "core.registry", "core.knob", "core.report", "core.stepcache.policies",
-                 "core.stepcache.corrections", "core.stepcache.predictors", "core.stepcache.levels", "compare", "nodes")
+                 "core.stepcache.corrections", "core.stepcache.predictors", "core.stepcache.levels", "core.stepcache.calibrate", "core.stepcache.profiles",
+                 "compare", "nodes")
 COMPARE_MAY_SEE = ("core.report", "compare")
 SYSTEMS = ("core.stepcache", "core.reference", "core.quant")
 MAY_IMPORT_COMFY = ("core.attach", "core.run", "core.quant", "core.reference", "core.stepcache.calibrate", "nodes._api")
+MAY_KNOW_FOLDERS = ("core.stepcache.calibrate",)    # where the user's files lie; all others are told
 HOST = ("comfy", "comfy_api", "comfy_extras", "comfy_execution", "nodes", "folder_paths", "execution", "latent_preview")
 DRAWING = ("numpy", "PIL", "kornia", "piq")
 FOREIGN_TO_CORE = ("server", "aiohttp", *DRAWING)
@@ -76,7 +78,9 @@ def faults(file: Path, root: Path) -> list[str]:
                 text.append(f"{said}, which is for nodes._api alone")
             elif top in ("comfy", "comfy_execution") and not any(within(own, prefix) for prefix in MAY_IMPORT_COMFY):
                 text.append(f"{said}, and only {', '.join(MAY_IMPORT_COMFY)} may")
-            elif top in HOST and top not in ("comfy", "comfy_execution", "comfy_api"):
+            elif top == "folder_paths" and own not in MAY_KNOW_FOLDERS:
+                text.append(f"{said}, and only {', '.join(MAY_KNOW_FOLDERS)} may")
+            elif top in HOST and top not in ("comfy", "comfy_execution", "comfy_api", "folder_paths"):
                 text.append(f"{said}, a module of the host with another meaning here; imports of the pack are relative")
             elif top in ("pack", "reprise", *PARTS):
                 text.append(f"{said}; imports of the pack are relative")
@@ -134,6 +138,8 @@ BAD = {
     "core/stepcache/y.py": ("from ...compare.metrics import psnr", "a layer above it"),
     "core/y.py": ("from PIL import Image", "does not need"),
     "core/runs.py": ("from comfy_execution.utils import get_executing_context", "only core.attach"),
+    "core/stepcache/profiles/x.py": ("import folder_paths", "only core.stepcache.calibrate may"),
+    "nodes/v.py": ("import folder_paths", "only core.stepcache.calibrate may"),
     "nodes/w.py": ("from core.attach import attach_step_cache", "relative"),
     "core/knob.py": ("try:\n    pass\nexcept Exception:\n    pass", "catches everything"),
     "core/report.py": ("try:\n    pass\nexcept:\n    pass", "catches everything"),
@@ -141,7 +147,7 @@ BAD = {
 GOOD = {
     "core/attach.py": "import comfy.model_patcher\nfrom .run import Run",
     "core/quant/loader.py": "from comfy.ops import cast\nfrom ..families import FAMILIES\nfrom ...kernels.combine import combine",
-    "core/stepcache/calibrate.py": "import comfy.samplers\nfrom ..step import Step",
+    "core/stepcache/calibrate.py": "import comfy.samplers\nimport folder_paths\nfrom ..step import Step",
     "nodes/__init__.py": "try:\n    pass\nexcept Exception:\n    pass",
     "nodes/_api.py": "from comfy_api.latest import io\nfrom comfy.utils import ProgressBar",
     "compare/x.py": "import numpy\nfrom PIL import Image\nfrom ..core.report import Report\nfrom .sheet import row",

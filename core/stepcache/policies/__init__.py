@@ -9,6 +9,7 @@ from .first_block import FirstBlock
 from .interval import Interval
 from .key_steps import KeySteps
 from .magcache import MagCache
+from .profile import FromProfile
 from .schedule import Schedule
 from .teacache import TeaCache
 from .temporal_delta import TemporalDelta
@@ -28,6 +29,7 @@ POLICIES = Registry(
     TemporalDelta,
     CentredInterval,
     KeySteps,
+    FromProfile,
 )
 
 __all__ = ["POLICIES", "Policy", "View"]

@@ -26,6 +26,7 @@ class Policy(Protocol):
     signal: optional; what it watches, one of those in signal.py.
     refuses(family, steps, sampler): optional; why it can skip nothing in such a run, or an empty text. The run then
     computes everything and says why.
+    bound(read, run, longest, may_skip, looks_back): optional; the policy for one run, where it depends on it (profile.py).
     """
 
     name: str

@@ -1,0 +1,205 @@
+"""Calibrate: full runs that are listened to, check runs with schedules made from them, and a profile on disk.
+
+The one module of the step cache that knows the host: its samplers, its wrappers and the user's folder.
+"""
+import datetime
+import logging
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import comfy.model_sampling
+import comfy.sample
+import folder_paths
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ..families import Family, family_of
+from ..report import Report
+from ..step import CLOSE, Clock
+from ..store import Row
+from .governor import DETERMINISTIC, stand_down
+from .profiles import Check, Facts, Plan, Profile, no_name, write
+from .profiles.files import MOST_STEPS
+from .profiles.fits import fitted
+from .profiles.recording import NAMES, Recording, averaged, magnitude_ratios
+from .signal import FIRST_BLOCK, MODULATED_INPUT
+from .solvers import SOLVERS
+
+log = logging.getLogger("reprise")
+
+KEY = "reprise.calibrate"
+CHECKED = (2.0, 3.0)        # speed-ups whose error is measured
+LONGEST = 4                 # skips in a row in a check run, as Step Cache has it by default
+PACK = Path(__file__).resolve().parents[2]
+
+# A model with these steps computed and all others skipped; the report of its runs goes to the last argument.
+Cached = Callable[[object, Sequence[int], int, Callable[[Report], None]], object]
+
+
+def profiles_folder() -> Path:
+    return Path(folder_paths.get_user_directory()) / "reprise" / "profiles"
+
+
+def pack_version() -> str:
+    found = re.search(r'^version = "([^"]+)"', (PACK / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1] if found else ""
+
+
+def model_facts(model) -> dict[str, str]:
+    """What is known of a run before its sampler is."""
+    network = model.model.diffusion_model
+    family = family_of(network)
+    precision = str(model.model_dtype()).removeprefix("torch.")
+    if getattr(model.model.model_config, "quant_config", None):
+        precision += ", quantized"
+    return {"family": family.name if family else type(network).__name__, "model": type(network).__name__, "precision": precision}
+
+
+def sampler_name(sampler) -> str:
+    """The host's function, less its "sample_"."""
+    return getattr(getattr(sampler, "sampler_function", None), "__name__", type(sampler).__name__).removeprefix("sample_")
+
+
+def facts_of(model, sampler, sigmas: Sequence[float], shape: Sequence[int], cfg: float) -> Facts:
+    """`shape` is that of one latent. Options of the sampler belong to its name."""
+    options = ", ".join(f"{key} {value}" for key, value in sorted(getattr(sampler, "extra_options", {}).items()))
+    return Facts(sampler=f"{sampler_name(sampler)}{options and f' with {options}'}"[:200], sigmas=tuple(float(sigma) for sigma in sigmas),
+                 shape=tuple(shape), cfg=float(cfg), **model_facts(model))
+
+
+class Calibration:
+    """The runs of one calibration: the same model, sampler, schedule and guidance, several prompts and noises."""
+
+    def __init__(self, model, negative, sampler, sigmas: Tensor, cfg: float, latent: dict):
+        self.model, self.negative, self.sampler, self.sigmas, self.cfg = model, negative, sampler, sigmas, cfg
+        samples = latent["samples"]
+        if samples.is_nested or samples.ndim not in (4, 5):
+            raise ValueError("Step Cache Calibrate takes one latent of an image or a video; connect that of an empty latent node")
+        self.image = comfy.sample.fix_empty_latent_channels(
+            model, samples, latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal"))
+        self.mask, self.batch_index = latent.get("noise_mask"), latent.get("batch_index")
+        self.facts = facts_of(model, sampler, sigmas.tolist(), self.image.shape[1:], cfg)
+        self.family: Family | None = family_of(model.model.diffusion_model)
+        self.flow = isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
+        if why := self.refused():
+            raise ValueError(f"Step Cache Calibrate has nothing to measure: {why}")
+
+    def refused(self) -> str:
+        """Why a profile of these runs could not be used."""
+        options = self.model.model_options.get("transformer_options", {})
+        sources = self.model.wrappers, options.get("wrappers", {})
+        wrappers = {key for source in sources for kind in source.values() for key, entries in kind.items() if entries}
+        sigmas = self.facts.sigmas
+        if any(later >= sooner for sooner, later in zip(sigmas, sigmas[1:], strict=False)):
+            return "the sigmas do not fall from each to the next"
+        if self.facts.steps > MOST_STEPS:
+            return f"the schedule has {self.facts.steps} steps, and a profile has {MOST_STEPS} at most"
+        return stand_down(self.facts.steps, wrappers, set(options), self.facts.model, sampler=sampler_name(self.sampler))
+
+    def sample(self, model, positive, seed: int, tick: Callable[[], None]) -> Tensor:
+        """The latent that the host's sampler makes of one prompt and one noise."""
+        noise = comfy.sample.prepare_noise(self.image, seed, self.batch_index)
+        return comfy.sample.sample_custom(
+            model, noise, self.cfg, self.sampler, self.sigmas, positive, self.negative, self.image, noise_mask=self.mask,
+            callback=lambda *step: tick(), disable_pbar=True, seed=seed).cpu()
+
+    def recorded(self, positive, seed: int, tick: Callable[[], None]) -> tuple[Tensor, Recording]:
+        recording = Recording(self.family)
+        latent = self.sample(listened(self.model, recording, Clock(list(self.facts.sigmas), self.flow)), positive, seed, tick)
+        if len(recording.derivatives) != self.facts.steps:
+            raise ValueError(f"sampler {self.facts.sampler} evaluated {len(recording.derivatives)} of {self.facts.steps} steps; choose one that "
+                             "evaluates each step once, such as euler or dpmpp_2m")
+        return latent, recording
+
+    def profile(self, recordings: Sequence[Recording]) -> Profile:
+        return Profile(
+            self.facts, self.flow, torch.stack([recording.overlaps() for recording in recordings]).mean(0), len(recordings),
+            each={name: averaged(recordings, name) for name in NAMES}, teacache=fitted(recordings, (MODULATED_INPUT, FIRST_BLOCK)),
+            magcache=magnitude_ratios(recordings), date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(), pack=pack_version())
+
+    def plans(self, profile: Profile) -> dict[int, Plan]:
+        """As a run with Step Cache's defaults would have them."""
+        name = sampler_name(self.sampler)
+        warm_up = self.family.warm_up if self.family else 1
+        plain = not getattr(self.sampler, "extra_options", {}).get("s_churn", 0.0)
+        return profile.plans(LONGEST if name in DETERMINISTIC else 1, [n >= warm_up for n in range(self.facts.steps)], name in SOLVERS and plain)
+
+
+def calibrate(calibration: Calibration, positives: Sequence, noises: int, name: str, cached: Cached, tick: Callable[[], None] = lambda: None):
+    """The profile, written under its name when every run has come to its end, and a report in words.
+
+    `tick` is called once per step of the runs; there are `evaluations(...)` of them.
+    """
+    if fault := no_name(name):
+        raise ValueError(f"name is '{name[:100]}'; {fault}")
+    pictures = [(positive, seed) for positive in positives for seed in range(noises)]
+    full, recordings = zip(*(calibration.recorded(*picture, tick) for picture in pictures), strict=True)
+    profile = calibration.profile(recordings)
+    plans, remarks = calibration.plans(profile), sorted({recording.deaf for recording in recordings if recording.deaf})
+    checks = []
+    for speed_up in CHECKED:
+        plan = plans[max(round(calibration.facts.steps / speed_up), min(plans))]
+        reports: list[Report] = []
+        model = cached(calibration.model, plan.computed, calibration.facts.steps, reports.append)
+        errors = [relative_error(calibration.sample(model, *picture, tick), latent) for picture, latent in zip(pictures, full, strict=True)]
+        if all(report.state == "ran" and tuple(n for n, e in enumerate(report.each) if e.computed) == plan.computed for report in reports):
+            checks.append(Check(len(plan.computed), plan.error, median(errors)))
+        else:
+            told = next((report.reason for report in reports if report.reason), "conditions start or end on the way")
+            remarks.append(f"no check run with {len(plan.computed)} steps, so a tolerance is not known ({told})")
+    profile = Profile(**{**vars(profile), "checks": tuple(dict.fromkeys(checks))})
+    path = write(profiles_folder(), name, profile)
+    log.info("Step Cache Calibrate: profile '%s' of %d runs written to %s", name, len(pictures), path)
+    return profile, plans, remarks
+
+
+def evaluations(calibration: Calibration, positives: Sequence, noises: int) -> int:
+    return len(positives) * noises * calibration.facts.steps * (1 + len(CHECKED))
+
+
+def relative_error(latent: Tensor, full: Tensor) -> float:
+    """Relative L2."""
+    return ((latent.float() - full.float()).norm() / full.float().norm().clamp_min(1e-12)).item()
+
+
+def listened(model, recording: Recording, clock: Clock):
+    """A clone of the model on which a recording hears every step. The model itself stays as it is."""
+    def predict_noise(executor, x, timestep, model_options=None, seed=None):
+        sigma = float(timestep.flatten()[0])
+        step = clock.tick(sigma)
+        if step.evaluation >= clock.steps or abs(step.place - step.evaluation) > CLOSE:
+            raise ValueError("this sampler does not evaluate each step once, and a profile would tell nothing of its runs; choose another, such as euler")
+        recording.begin()
+        denoised = executor(x, timestep, model_options or {}, seed)
+        recording.end(x, denoised, sigma)
+        return denoised
+
+    def diffusion_model(executor, *args, **kwargs):
+        options = kwargs.get("transformer_options")
+        if options is None:
+            options = next((a for a in reversed(args) if isinstance(a, dict) and "sigmas" in a), {})
+        rows = rows_of(options, args[0] if args else kwargs.get("x")) if recording.family is not None and recording.family.wrapped else ()
+        return recording.inside(rows, executor.class_obj, lambda: executor(*args, **kwargs))
+
+    def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
+        options = transformer_options or {}
+        rows = rows_of(options, x) if recording.family is not None and not recording.family.wrapped else ()
+        return recording.inside(rows, getattr(executor.class_obj, "diffusion_model", None),
+                                lambda: executor(x, t, c_concat, c_crossattn, control, options, **kwargs))
+
+    clone = model.clone()
+    for kind, wrapper in ((WrappersMP.PREDICT_NOISE, predict_noise), (WrappersMP.DIFFUSION_MODEL, diffusion_model), (WrappersMP.APPLY_MODEL, apply_model)):
+        clone.add_wrapper_with_key(kind, KEY, wrapper)
+    return clone
+
+
+def rows_of(options: dict, x) -> tuple[Row, ...]:
+    """The conditions in a call of the model; none where the call is not understood."""
+    uuids, conds = options.get("uuids"), options.get("cond_or_uncond")
+    first = x[0] if isinstance(x, (list, tuple)) and x else x
+    if not torch.is_tensor(first) or not uuids or not conds or len(uuids) != len(conds) or first.shape[0] % len(uuids) or torch.compiler.is_compiling():
+        return ()
+    return tuple(Row(str(first.device), 0, uuid, cond, None, tuple(first.shape[1:])) for uuid, cond in zip(uuids, conds, strict=True))
