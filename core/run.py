@@ -1,7 +1,12 @@
 """One sampling run: it begins, knows where it is, and ends. It owns every tensor that lives across evaluations."""
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
 
 from .families import Family
 from .knob import settings as knob_settings
@@ -14,7 +19,9 @@ from .stepcache.policies import Policy
 from .stepcache.predictors import Predictor
 from .stepcache.predictors.divided_differences import DividedDifferences
 from .stepcache.predictors.hold import Hold
-from .store import Row
+from .store import MIB, STORAGE, Row, Store, page_locked
+
+DEVICES = ("gpu", "cpu")
 
 
 @dataclass(frozen=True)
@@ -28,8 +35,23 @@ class Settings:
     end_percent: float = 1.0
     max_consecutive_skips: int = 4
     preset: str = "custom"
+    warm_up: int = 1            # evaluations at the start that are always computed
+    last_steps: int = 1         # steps at the end that are
+    few_steps: bool = False     # serve runs that are too short to gain by it, too
+    budget_mib: int = 0         # for everything the cache keeps; 0 is no limit
+    storage: str = "same"       # how it is kept: same, bf16, fp8
+    device: str = "gpu"         # where: gpu is where it was computed, cpu is host memory
 
     def __post_init__(self):
+        for name, known in (("storage", STORAGE), ("device", DEVICES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} '{getattr(self, name)}'; known: {', '.join(known)}")
+        for name, least in (("warm_up", 1), ("last_steps", 1), ("budget_mib", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.storage == "fp8" and not any(c.history == 1 for c in self.predictor.candidates()):
+            raise ValueError(f"storage 'fp8' is too coarse to extrapolate from, which predictor '{self.predictor.name}' does; "
+                             "choose predictor 'hold' or 'automatic', or storage 'bf16'")
         level = self.level.resolve(self.policy)
         if self.policy.needs_forward and not level.gates:
             raise ValueError(f"policy '{self.policy.name}' must see the first blocks run, and level '{level.name}' runs none on a skip; "
@@ -40,14 +62,17 @@ class Settings:
         return {
             "preset": self.preset, **{kind: {"name": entry.name, **knob_settings(entry)} for kind, entry in entries},
             "start_percent": self.start_percent, "end_percent": self.end_percent, "max_consecutive_skips": self.max_consecutive_skips,
+            "warm_up": self.warm_up, "last_steps": self.last_steps, "few_steps": self.few_steps,
+            "budget_mib": self.budget_mib, "storage": self.storage, "device": self.device,
         }
 
 
 class Run:
     """Opened and closed around the host's outer sampling call; lives in that call's model options only."""
 
-    def __init__(self, settings: Settings, family: Family, sigmas: list[float], flow: bool, sampler: str, start_sigma: float, end_sigma: float):
-        self.family, self.level = family, settings.level.resolve(settings.policy)
+    def __init__(self, settings: Settings, family: Family, sigmas: list[float], flow: bool, sampler: str, start_sigma: float, end_sigma: float,
+                 shape: Sequence[int] = ()):
+        self.family, self.level, self.shape = family, settings.level.resolve(settings.policy), shape      # shape of the latent
         self.clock = Clock(sigmas, flow)
         steady = sampler in DETERMINISTIC
         candidates = [c for c in settings.predictor.candidates() if steady or c.history <= 2] or [Hold(), DividedDifferences(1)]
@@ -56,24 +81,40 @@ class Run:
             level=self.level.name, settings=settings.as_dict())
         if not steady:
             self.report.add_reason(f"{sampler} may add noise or build errors up, so at most one skip in a row")
-        governor = Governor(start_sigma, end_sigma, settings.max_consecutive_skips if steady else min(settings.max_consecutive_skips, 1))
-        self.cache = StepCache(settings.policy, candidates, governor, self.report)
+        if settings.storage == "fp8" and any(c.history > 1 for c in candidates):
+            candidates = [c for c in candidates if c.history == 1]
+            self.report.add_reason("fp8 is too coarse to extrapolate from, so the last result stands in as it is")
+        governor = Governor(
+            start_sigma, end_sigma, settings.max_consecutive_skips if steady else min(settings.max_consecutive_skips, 1),
+            max(settings.warm_up, getattr(family, "warm_up", 1)), settings.last_steps)
+        self.cache = StepCache(settings.policy, candidates, governor, self.report, partial(
+            Store, storage=settings.storage, budget=settings.budget_mib * MIB, away=page_locked if settings.device == "cpu" else None))
         self.begun: float | None = None     # when the first evaluation began; models were loaded before
         self.ordinals: Counter = Counter()
         self.ordinal: int | None = None     # none outside an evaluation, and before the host comes to its conditions
         self.inside = False
-        self.acting: tuple = ()
+        self.borders: dict[str, object] = {}
+        self.mask: Tensor | None = None     # the denoise mask in force, where something changes it from step to step
+        self.masks = 0                      # masks so far
 
-    def begin(self, sigma: float, acting: tuple = ()) -> None:
-        """A solver evaluation begins. `acting` tells which conditions act in it."""
+    def begin(self, sigma: float, acting: tuple = (), form: tuple = ()) -> None:
+        """A solver evaluation begins. `acting` tells which conditions act in it, `form` shape and type of the latent.
+
+        The output jumps where one of them changes, or the denoise mask, so nothing is predicted across that.
+        """
         self.begun = self.begun or time.perf_counter()
         self.ordinals.clear()
         self.ordinal, self.inside = None, True
-        if acting != self.acting:
-            if self.clock.evaluations:
-                self.cache.forget("conditions start or end")
-            self.acting = acting
+        borders = {"conditions start or end": acting, "the latent changes its shape or type": form, "the denoise mask changes": self.masks}
+        if self.clock.evaluations and borders != self.borders:
+            self.cache.forget(next(why for why, now in borders.items() if now != self.borders[why]))
+        self.borders = borders
         self.cache.begin(self.clock.tick(sigma))
+
+    def masked(self, mask: Tensor) -> None:
+        """The denoise mask of the evaluation that is about to begin."""
+        if self.mask is None or self.mask.shape != mask.shape or not torch.equal(self.mask, mask):
+            self.mask, self.masks = mask.clone(), self.masks + 1
 
     def fall_back(self, level: Level, why: str) -> None:
         """Go on at a safer level, from an empty history."""
@@ -102,4 +143,9 @@ class Run:
     def close(self) -> Report:
         self.report.seconds = time.perf_counter() - self.begun if self.begun else 0.0
         self.cache.close()
+        if self.mask is not None:
+            self.report.cache_bytes += self.mask.numel() * self.mask.element_size()
+            self.mask = None
+        if self.masks > 1:
+            self.report.add_reason(f"the denoise mask changed {self.masks - 1} times, and nothing is predicted across that")
         return self.report

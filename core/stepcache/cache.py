@@ -2,7 +2,9 @@
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ...kernels.combine import combine
@@ -21,11 +23,11 @@ class StepCache:
     begin(step) ... the level calls `skips`, `predict`, `learn` and `ran` ... finish(), or nothing after an exception.
     """
 
-    def __init__(self, policy: Policy, candidates, governor: Governor, report: Report):
+    def __init__(self, policy: Policy, candidates, governor: Governor, report: Report, store: Callable[[int], Store] = Store):
         self.policy, self.governor, self.report = policy, governor, report
         self.hindcast = Hindcast(candidates)
         depth = max(candidate.history for candidate in self.hindcast.candidates)
-        self.store = Store(depth)
+        self.store = store(depth)
         self.computed: deque[Step] = deque(maxlen=depth)
         self.lock = threading.Lock()         # the host may evaluate conditions in several threads, one per GPU
         self.skipped_in_a_row, self.owed = 0, 0.0
@@ -76,7 +78,10 @@ class StepCache:
             return self.decision
 
     def finish(self) -> None:
-        """The evaluation came to its end: settle the scores, move the history on, write the record."""
+        """The evaluation came to its end: settle the scores, move the history on, write the record.
+
+        Rows that no evaluation of the history has seen, context windows that moved on, say, give their memory back.
+        """
         step = self.step
         share = sum(self.shares) / len(self.shares) if self.shares else 1.0     # calls that no level understood were computed
         skipped = bool(self.decision) and share < 1                             # so were rows without a history
@@ -85,7 +90,7 @@ class StepCache:
             self.skipped_in_a_row += 1
             self.owed += self.expected or 0.0
         else:
-            self.hindcast.settle(self.best)
+            self.attempt(lambda: self.hindcast.settle(self.best))
             while self.computed and abs(self.computed[-1].place - step.place) < SAME_PLACE:
                 self.computed.pop()
             self.computed.append(step)
@@ -94,6 +99,10 @@ class StepCache:
         self.report.each.append(Evaluation(
             sigma=step.sigma, computed=not skipped, share=share, predicted_error=self.expected, hindcast_error=measured,
             ms=1000 * (time.perf_counter() - self.begun), why=self.why))
+        if self.broken:
+            self.forget()
+        elif not skipped:
+            self.store.drop(lambda row, newest: newest.step.evaluation < self.computed[0].evaluation)
 
     # rows, called by the levels and by what finds the rows for them ----------------------------------------------
     def enter(self, rows: tuple[Row, ...]) -> bool:
@@ -112,7 +121,7 @@ class StepCache:
     def ready(self, row: Row, shape=None) -> bool:
         """Whether a row's snapshots reach up to the last computed step, and have the shape that is wanted now."""
         past = self.store.get(row)
-        return bool(past) and past[-1].step.evaluation >= self.computed[-1].evaluation and (shape is None or past[-1].value.shape == shape)
+        return bool(past) and past[-1].step.evaluation >= self.computed[-1].evaluation and (shape is None or past[-1].shape == shape)
 
     def predict(self, row: Row, anchor: Tensor | None = None) -> Tensor:
         """What stands in for the row now, a new tensor, `anchor` added. The row must be ready."""
@@ -130,15 +139,42 @@ class StepCache:
     def learn(self, row: Row, value: Tensor) -> None:
         """Keep what was computed for a row; `value` must be the cache's own. Only the main pass is scored."""
         with self.lock:
+            if self.broken:
+                return
             past = self.store.get(row)
-            if row.ordinal == 0 and past and past[-1].value.shape == value.shape and not self.decision:
-                self.hindcast.score(past, self.step, value)
+            if row.ordinal == 0 and past and past[-1].shape == value.shape and not self.decision:
+                self.hindcast.score([at_hand(snapshot) for snapshot in past], self.step, value)
+            depth = self.store.depth
             self.store.put(row, self.step, value)
+            if self.store.depth < depth:
+                self.shorten()
 
     def ran(self, rows: int, share: float) -> None:
         """`rows` conditions were evaluated with this share of the blocks of a full evaluation."""
         with self.lock:
             self.shares += [share] * rows
+
+    # memory ----------------------------------------------------------------------------------------------------------
+    def attempt(self, work: Callable, device: str = ""):
+        """What `work` gives, which makes tensors for the cache alone; none where memory ran out: the run goes on without cache.
+
+        The rows of `device`, which the caller works on, give their memory back at once, the others when no thread uses them.
+        """
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            pass        # left behind first: it holds on to the tensors of its frames
+        self.give_up("memory ran out for the cache, so everything is computed; set a cache budget, or keep results in host memory")
+        with self.lock:
+            self.signal = None
+            self.hindcast.waiting.clear()
+            self.store.drop(lambda row, newest: row.device == device)
+
+    def shorten(self) -> None:
+        """The store's rings got shorter: predictors that need more snapshots leave."""
+        if not self.store.depth:
+            self.give_up(self.store.gave)
+        self.hindcast.candidates = tuple(c for c in self.hindcast.candidates if c.history <= self.store.depth) or (Hold(),)
 
     # the run ---------------------------------------------------------------------------------------------------------
     def give_up(self, why: str) -> None:
@@ -156,6 +192,13 @@ class StepCache:
 
     def close(self) -> None:
         self.report.cache_bytes = self.store.peak
+        if self.store.gave:
+            self.report.add_reason(self.store.gave)
         self.forget()
         self.fresh_signal = None
         self.hindcast.waiting.clear()
+
+
+def at_hand(snapshot: Snapshot) -> Snapshot:
+    """A snapshot whose value is where it was computed: itself, or a sample of it, which is enough for a score."""
+    return snapshot if snapshot.came is None else Snapshot(snapshot.step, sampled(snapshot.value).clone())

@@ -41,6 +41,7 @@ class BlockRange:
         if passage.skipped and passage.finished:
             share = passage.share
         elif passage.skipped:       # nothing put the prediction in
+            result = passage.begun = passage.anchor = None      # memory may be what was lacking
             result = compute()
         cache.ran(len(call.rows), share)
         return result
@@ -81,18 +82,24 @@ class Passage:
             if place >= self.first and self.skipped:
                 if place < self.last:
                     return stack.passed(args, kwargs)
-                return stack.passed(args, kwargs, self.predicted(stack.taken(args, kwargs)))
+                return stack.passed(args, kwargs, self.attempt(lambda: self.predicted(stack.taken(args, kwargs))))
             if place == 0 and self.cache.policy.needs_forward:
-                self.begun = stack.taken(args, kwargs).clone()      # blocks write into their input
+                self.begun = self.attempt(stack.taken(args, kwargs).clone)      # blocks write into their input
             result = original(*args, **kwargs)
             self.count += 1
+            if self.cache.broken:
+                return result
             if place == self.first - 1:
-                self.anchor = stack.given(result).clone()           # so do ControlNet and the next block
-                self.skipped = self.decided()
+                self.anchor = self.attempt(stack.given(result).clone)           # so do ControlNet and the next block
+                self.skipped = self.anchor is not None and bool(self.attempt(self.decided))
             elif place == self.last and self.anchor is not None:
-                self.learn(stack.given(result))
+                self.finished = True
+                self.attempt(lambda: self.learn(stack.given(result)))
             return result
         return forward
+
+    def attempt(self, work):
+        return self.cache.attempt(work, self.rows[0].device)
 
     def decided(self) -> bool:
         signal = None
@@ -103,14 +110,14 @@ class Passage:
 
     def predicted(self, stream):
         """The stream with its last tokens, those of the anchor, replaced; text joined before them is not used any more."""
-        self.finished = True
         parts = self.anchor.chunk(len(self.rows))
         out = torch.cat([self.cache.predict(row, part) for row, part in zip(self.rows, parts, strict=True)]).to(self.anchor.dtype)
         joined = stream.shape[1] - out.shape[1]
-        return torch.cat([stream[:, :joined], out], 1) if joined else out
+        out = torch.cat([stream[:, :joined], out], 1) if joined else out
+        self.finished = True
+        return out
 
     def learn(self, stream) -> None:
-        self.finished = True
         added = stream[:, -self.anchor.shape[1]:] - self.anchor
         for row, part in zip(self.rows, added.chunk(len(self.rows)), strict=True):
             self.cache.learn(row, part if len(self.rows) == 1 else part.clone())
