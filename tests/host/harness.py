@@ -48,14 +48,14 @@ def always(name: str, patcher=None) -> list:
 
 
 def sample(patcher, name, *, steps=STEPS, cfg=3.0, sampler="euler", scheduler="simple", size=8, batch=1, noise=None, positive=None,
-           negative=None, seed=1, callback=None, **more):
-    """The latent that the host's KSampler gives."""
+           negative=None, seed=1, callback=None, latent=None, **more):
+    """The latent that the host's KSampler gives, from `latent`, an empty one if none."""
     noise = tiny.noise(name, size=size, batch=batch) if noise is None else noise
     more.setdefault("disable_pbar", True)
     with torch.inference_mode():
         return comfy.sample.sample(
             patcher, noise, steps, cfg, sampler, scheduler, positive or tiny.conditioning(name, 11), negative or tiny.conditioning(name, 12),
-            torch.zeros_like(noise), seed=seed, callback=callback, **more)
+            torch.zeros_like(noise) if latent is None else latent, seed=seed, callback=callback, **more)
 
 
 @dataclass(frozen=True)
