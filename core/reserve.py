@@ -27,11 +27,11 @@ def cache_bytes(run: Run, network, itemsize: int, conditions: int, text: int = 0
     if elements is not None:
         per_row = elements * min(itemsize, ITEMSIZE[store.storage])
     if store.away:
-        return depth * per_row      # what a prediction fetches back
+        return depth * per_row + run.look_back_bytes        # what a prediction fetches back
     rows = 1 if run.level.seam is Seam.GUIDED else max(conditions, 1)
     total = rows * depth * per_row
     total = min(total, store.budget) if store.budget else total
-    return total + (2 * elements * itemsize if elements is not None and run.cache.policy.needs_forward else 0)
+    return total + run.look_back_bytes
 
 
 def token_elements(shape: Sequence[int], network, text: int = 0, references: Sequence[Sequence[int]] = ()) -> int | None:

@@ -13,12 +13,16 @@ from .knob import settings as knob_settings
 from .report import Report
 from .step import Clock
 from .stepcache.cache import StepCache
+from .stepcache.corrections import Correction, NoCorrection
 from .stepcache.governor import DETERMINISTIC, Governor
-from .stepcache.levels import Level
+from .stepcache.levels import Level, Seam
+from .stepcache.look_back import LookBack, most_bytes
 from .stepcache.policies import Policy
 from .stepcache.predictors import Predictor
 from .stepcache.predictors.divided_differences import DividedDifferences
 from .stepcache.predictors.hold import Hold
+from .stepcache.signal import MODEL_INPUT, signal_of
+from .stepcache.solvers import SOLVERS
 from .store import MIB, STORAGE, Row, Store, page_locked
 
 DEVICES = ("gpu", "cpu")
@@ -35,6 +39,7 @@ class Settings:
     end_percent: float = 1.0
     max_consecutive_skips: int = 4
     preset: str = "custom"
+    correction: Correction = NoCorrection()
     warm_up: int = 1            # evaluations at the start that are always computed
     last_steps: int = 1         # steps at the end that are
     few_steps: bool = False     # serve runs that are too short to gain by it, too
@@ -49,16 +54,19 @@ class Settings:
         for name, least in (("warm_up", 1), ("last_steps", 1), ("budget_mib", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if self.storage == "fp8" and not any(c.history == 1 for c in self.predictor.candidates()):
+        if self.storage == "fp8" and not any(c.depth == 1 for c in self.predictor.candidates()):
             raise ValueError(f"storage 'fp8' is too coarse to extrapolate from, which predictor '{self.predictor.name}' does; "
                              "choose predictor 'hold' or 'automatic', or storage 'bf16'")
         level = self.level.resolve(self.policy)
         if self.policy.needs_forward and not level.gates:
             raise ValueError(f"policy '{self.policy.name}' must see the first blocks run, and level '{level.name}' runs none on a skip; "
                              "choose level 'block range' or 'automatic'")
+        if signal_of(self.policy) == MODEL_INPUT and level.seam is Seam.NETWORK:
+            raise ValueError(f"policy '{self.policy.name}' must see the model's input and output, and level '{level.name}' works inside the model; "
+                             "choose level 'guided output', 'model output' or 'automatic'")
 
     def as_dict(self) -> dict:
-        entries = (("policy", self.policy), ("predictor", self.predictor), ("level", self.level))
+        entries = (("policy", self.policy), ("predictor", self.predictor), ("level", self.level), ("correction", self.correction))
         return {
             "preset": self.preset, **{kind: {"name": entry.name, **knob_settings(entry)} for kind, entry in entries},
             "start_percent": self.start_percent, "end_percent": self.end_percent, "max_consecutive_skips": self.max_consecutive_skips,
@@ -71,24 +79,34 @@ class Run:
     """Opened and closed around the host's outer sampling call; lives in that call's model options only."""
 
     def __init__(self, settings: Settings, family: Family, sigmas: list[float], flow: bool, sampler: str, start_sigma: float, end_sigma: float,
-                 shape: Sequence[int] = ()):
+                 plain: bool = True, guidance: float = 1.0, shape: Sequence[int] = ()):
+        """`plain` says that the sampler runs without churn, which would put noise between two steps; `guidance` is the CFG scale."""
         self.family, self.level, self.shape = family, settings.level.resolve(settings.policy), shape      # shape of the latent
         self.clock = Clock(sigmas, flow)
         steady = sampler in DETERMINISTIC
-        candidates = [c for c in settings.predictor.candidates() if steady or c.history <= 2] or [Hold(), DividedDifferences(1)]
+        candidates = [c for c in settings.predictor.candidates() if steady or c.depth <= 2] or [Hold(), DividedDifferences(1)]
         self.report = Report(
             model=family.name, sampler=sampler, steps=self.clock.steps, policy=settings.policy.name, predictor=settings.predictor.name,
             level=self.level.name, settings=settings.as_dict())
         if not steady:
             self.report.add_reason(f"{sampler} may add noise or build errors up, so at most one skip in a row")
-        if settings.storage == "fp8" and any(c.history > 1 for c in candidates):
-            candidates = [c for c in candidates if c.history == 1]
+        if settings.storage == "fp8" and any(c.depth > 1 for c in candidates):
+            candidates = [c for c in candidates if c.depth == 1] or [Hold()]
             self.report.add_reason("fp8 is too coarse to extrapolate from, so the last result stands in as it is")
-        governor = Governor(
-            start_sigma, end_sigma, settings.max_consecutive_skips if steady else min(settings.max_consecutive_skips, 1),
-            max(settings.warm_up, getattr(family, "warm_up", 1)), settings.last_steps)
-        self.cache = StepCache(settings.policy, candidates, governor, self.report, partial(
-            Store, storage=settings.storage, budget=settings.budget_mib * MIB, away=page_locked if settings.device == "cpu" else None))
+        skips = settings.max_consecutive_skips if steady else min(settings.max_consecutive_skips, 1)
+        governor = Governor(start_sigma, end_sigma, skips, max(settings.warm_up, getattr(family, "warm_up", 1)), settings.last_steps)
+        solver = SOLVERS.get(sampler) if getattr(self.level, "look_back", False) and plain else None
+        look_back, budget = solver and LookBack(solver, sigmas), settings.budget_mib * MIB
+        self.look_back_bytes = most_bytes(shape, skips) if look_back is not None else 0
+        if budget and 2 * self.look_back_bytes > budget:
+            look_back, self.look_back_bytes = None, 0
+            self.report.add_reason("the cache budget leaves no room to look back")
+        store = partial(Store, storage=settings.storage, budget=budget and budget - self.look_back_bytes,
+                        away=page_locked if settings.device == "cpu" else None)
+        self.cache = StepCache(settings.policy, candidates, governor, self.report, settings.correction.start(), look_back, guidance, store)
+        refuses = getattr(settings.policy, "refuses", None)
+        if refuses is not None and (why := refuses(family.name, self.clock.steps, sampler)):
+            self.cache.give_up(f"{why}, so everything is computed")
         self.begun: float | None = None     # when the first evaluation began; models were loaded before
         self.ordinals: Counter = Counter()
         self.ordinal: int | None = None     # none outside an evaluation, and before the host comes to its conditions
@@ -120,6 +138,7 @@ class Run:
         """Go on at a safer level, from an empty history."""
         self.level, self.report.level = level, level.name
         self.report.add_reason(why)
+        self.cache.look_back_no_more()
         self.cache.forget()
 
     def finish(self) -> None:

@@ -15,7 +15,8 @@ class Step:
     steps: int        # steps of the schedule
     sigma: float
     log_snr: float
-    width: float      # the sigma that this step covers, relative to the mean over the schedule
+    gap: float        # the sigma that this step covers
+    noise: float      # the share of noise in x, 0 to 1
     rises: bool = False   # sigma is above that of the evaluation before: a restart
 
     @property
@@ -38,7 +39,6 @@ class Clock:
     def __init__(self, sigmas: list[float], flow: bool):
         self.sigmas, self.flow = [float(s) for s in sigmas], flow
         self.steps = len(self.sigmas) - 1
-        self.mean_width = max((self.sigmas[0] - self.sigmas[-1]) / max(self.steps, 1), 1e-9)
         self.evaluations, self.before = 0, None
 
     def tick(self, sigma: float) -> Step:
@@ -46,7 +46,7 @@ class Clock:
         index = min(int(place + CLOSE), self.steps - 1)
         step = Step(
             evaluation=self.evaluations, place=place, steps=self.steps, sigma=sigma, log_snr=self.log_snr(sigma),
-            width=abs(self.sigmas[index] - self.sigmas[index + 1]) / self.mean_width,
+            gap=abs(self.sigmas[index] - self.sigmas[index + 1]), noise=sigma if self.flow else sigma / math.hypot(sigma, 1.0),
             rises=self.before is not None and sigma > self.before * (1 + CLOSE),
         )
         self.evaluations, self.before = self.evaluations + 1, sigma

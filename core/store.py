@@ -154,10 +154,12 @@ class Store:
     def bytes(self) -> int:
         return sum(snapshot.bytes for ring in self.rings.values() for snapshot in ring)
 
-    def drop(self, which: Callable[[Row, Snapshot], bool]) -> None:
-        """Drop the rows for which `which` holds, told the row and its newest snapshot."""
-        for row in [row for row, ring in self.rings.items() if which(row, ring[-1])]:
+    def drop(self, which: Callable[[Row, Snapshot], bool]) -> list[Row]:
+        """Drop the rows for which `which` holds, told the row and its newest snapshot; tells which they were."""
+        rows = [row for row, ring in self.rings.items() if which(row, ring[-1])]
+        for row in rows:
             del self.rings[row]
+        return rows
 
     def clear(self) -> None:
         self.rings.clear()

@@ -94,6 +94,24 @@ def test_threads_get_what_one_after_the_other_gets():
                 assert all(torch.equal(a, b) for (_, a), (_, b) in zip(ring, found[row], strict=True))
 
 
+def test_threads_never_meet_inside_the_store_or_the_scores(monkeypatch):
+    inside: list = []
+
+    def alone(call):
+        def guarded(*args, **kwargs):
+            inside.append(call)
+            time.sleep(0.002)
+            assert inside == [call], "two threads at once"
+            inside.remove(call)
+            return call(*args, **kwargs)
+        return guarded
+
+    monkeypatch.setattr(step_cache.Store, "put", alone(step_cache.Store.put))
+    monkeypatch.setattr(step_cache.Hindcast, "score", alone(step_cache.Hindcast.score))
+    with ThreadPoolExecutor(2) as pool:
+        one_run(Asked(False, []), "model output", pool, 0)
+
+
 def test_threads_that_all_bring_a_signal_get_one_decision():
     """A gate decides on the first call of an evaluation, whichever thread makes it."""
     signal = torch.ones(4)

@@ -56,10 +56,15 @@ def test_sigmas_that_went_through_float32_and_back_are_the_same_place(sigmas):
 
 
 @given(schedules())
-def test_the_mean_width_of_the_steps_is_one(sigmas):
+def test_the_gaps_of_the_steps_add_up_to_the_schedule(sigmas):
     clock = Clock(sigmas, flow=True)
-    widths = [clock.tick(sigma).width for sigma in sigmas[:-1]]
-    assert sum(widths) / len(widths) == pytest.approx(1) and min(widths) >= 0
+    gaps = [clock.tick(sigma).gap for sigma in sigmas[:-1]]
+    assert sum(gaps) == pytest.approx(sigmas[0] - sigmas[-1]) and min(gaps) >= 0
+
+
+@pytest.mark.parametrize(("sigma", "flow", "noise"), [(0.7, True, 0.7), (1.0, False, 0.5 ** 0.5), (14.6, False, 14.6 / (1 + 14.6 ** 2) ** 0.5)])
+def test_the_share_of_noise_is_that_of_the_parameterisation(sigma, flow, noise):
+    assert Clock([sigma, 0.0], flow).tick(sigma).noise == pytest.approx(noise)
 
 
 def test_a_second_stage_of_a_step_is_not_another_step_and_does_not_rise():

@@ -22,7 +22,8 @@ class ModelOutput:
         n, device = len(call.rows), call.rows[0].device
         parts = call.x.chunk(n)
         guess = None
-        if cache.skips() and all(cache.ready(row, part.shape) for row, part in zip(call.rows, parts, strict=True)):
+        if cache.attempt(lambda: cache.skips(row=call.rows[0], x=parts[0]), device) and all(
+                cache.ready(row, part.shape) for row, part in zip(call.rows, parts, strict=True)):
             guess = cache.attempt(lambda: from_derivative(call.x, torch.cat([cache.predict(row) for row in call.rows]), call.sigma), device)
         cache.ran(n, 1.0 if guess is None else 0.0)
         if guess is not None:
