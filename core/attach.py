@@ -1,8 +1,10 @@
 """The one place that touches ModelPatcher: it clones the model, leaves settings on the clone and wraps the host's calls.
 
-OUTER_SAMPLE opens and closes the run; PREDICT_NOISE is one solver evaluation; CALC_COND_BATCH tells the main pass
-from guidance that repeats it; APPLY_MODEL and DIFFUSION_MODEL are where rows and blocks are.
+OUTER_SAMPLE opens and closes the run; PREPARE_SAMPLING has the host free memory for it; PREDICT_NOISE is one solver
+evaluation; CALC_COND_BATCH tells the main pass from guidance that repeats it; APPLY_MODEL and DIFFUSION_MODEL are where
+rows and blocks are.
 """
+import copy
 import inspect
 import logging
 import math
@@ -10,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
 import comfy.samplers
@@ -19,6 +22,7 @@ from comfy_execution.utils import get_executing_context
 
 from .families import Family, Unfamiliar, family_of
 from .report import Report
+from .reserve import cache_bytes, enlarged
 from .run import Run, Settings
 from .runs import Runs
 from .stepcache.calibrate import facts_of, model_facts, profiles_folder, sampler_name
@@ -34,6 +38,8 @@ RUN = "reprise.run"
 # Functions behind guidance may start and end with sigma, keep a state, or be how a CFG++ sampler gets at the negative's
 # output; whatever they do, they must be called on every evaluation.
 GUIDANCE_HOOKS = ("sampler_pre_cfg_function", "sampler_post_cfg_function")
+MASK_HOOK = "denoise_mask_function"     # turns the denoise mask into that of an evaluation, just before PREDICT_NOISE
+COMPILE = "torch.compile"               # the key of the host's wrapper that swaps compiled modules in
 
 
 @dataclass(frozen=True)
@@ -78,13 +84,15 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs
     attachment = guider.model_options.get("transformer_options", {}).get(KEY)
     if attachment is None:      # a guider that took the wrappers along but not the options
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-    run, report = open_run(attachment.settings, guider, sampler, sigmas, noise.shape[1:])
+    run, report = open_run(attachment.settings, guider, noise.shape, sampler, sigmas)
     if run is None:
         attachment.tell(report)
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     options = guider.model_options
     guider.model_options = comfy.model_patcher.create_model_options_clone(options)
     guider.model_options["transformer_options"][RUN] = run
+    if MASK_HOOK in options:
+        guider.model_options[MASK_HOOK] = watched(options[MASK_HOOK], run)
     ended = False
     try:
         result = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -98,14 +106,15 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs
         attachment.tell(report)
 
 
-def open_run(settings: Settings, guider, sampler, sigmas, shape) -> tuple[Run | None, Report]:
+def open_run(settings: Settings, guider, shape, sampler, sigmas) -> tuple[Run | None, Report]:
     """The run, or None and a report that says why there is none."""
     options = guider.model_options["transformer_options"]
     name = sampler_name(sampler)
     network = guider.model_patcher.model.diffusion_model
+    network = getattr(network, "_orig_mod", network)    # torch.compile, by way of an object patch of the run before
     family = family_of(network) or Family(type(network).__name__)
     wrappers = {key for kind in options.get("wrappers", {}).values() for key, entries in kind.items() if entries}
-    reason = stand_down(len(sigmas) - 1, wrappers, set(options), type(network).__name__, sampler=name)
+    reason = stand_down(len(sigmas) - 1, wrappers, set(options), type(network).__name__, name, settings.few_steps)
     if reason:
         return None, Report(state="off", reason=reason, model=family.name, sampler=name, steps=len(sigmas) - 1)
     space = guider.model_patcher.get_model_object("model_sampling")
@@ -115,12 +124,50 @@ def open_run(settings: Settings, guider, sampler, sigmas, shape) -> tuple[Run | 
     plain = not getattr(sampler, "extra_options", {}).get("s_churn", 0.0)
     guidance = float(getattr(guider, "cfg", 1.0))
     own = type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise      # such as two CFG scales
-    facts = facts_of(guider.model_patcher, sampler, schedule, shape, math.nan if own else guidance)
+    facts = facts_of(guider.model_patcher, sampler, schedule, shape[1:], math.nan if own else guidance)
     run = Run(settings, family, schedule, flow, name, math.inf if settings.start_percent <= 0 else start, end if settings.end_percent < 1 else 0.0,
-              plain, guidance, facts, partial(read, profiles_folder()))
+              plain, guidance, shape, facts, partial(read, profiles_folder()))
     if isinstance(run.level, BlockRange) and not family.stacks:
         run.without_blocks(GuidedOutput(), f"{family.name} is of no known model family")
+    if run.level.seam is Seam.NETWORK and compiled_whole(guider.model_patcher, options):
+        run.without_blocks(ModelOutput(), "torch.compile has the whole model in one piece")
     return run, run.report
+
+
+def compiled_whole(patcher, options: dict) -> bool:
+    """Whether the blocks lie inside one compiled graph, where nothing can step in between.
+
+    The host's wrapper keeps what it compiled by name; with names it does not show, all of it is taken to be compiled.
+    """
+    for wrapper in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).get(COMPILE, ()):
+        held = inspect.getclosurevars(wrapper).nonlocals if inspect.isfunction(wrapper) else {}
+        if "diffusion_model" in held.get("compiled_module_dict", ("diffusion_model",)):
+            return True
+    return type(patcher.get_model_object("diffusion_model")).__name__ == "OptimizedModule"
+
+
+def watched(mask_function, run: Run):
+    """The function, with the run told of every mask that it gives."""
+    def function(*args, **kwargs):
+        mask = mask_function(*args, **kwargs)
+        run.cache.attempt(lambda: run.masked(mask))
+        return mask
+    return function
+
+
+def prepare_sampling(executor, model, noise_shape, conds, model_options=None, **kwargs):
+    options = model_options or {}
+    run = options.get("transformer_options", {}).get(RUN)
+    if run is not None:
+        real, handler = model.model, options.get("context_handler")
+        itemsize = comfy.model_management.dtype_size(real.get_dtype_inference())
+        every = conditions(conds)
+        text = max((cond["cross_attn"].shape[1] for cond in every if torch.is_tensor(cond.get("cross_attn"))), default=0)
+        references = max(([latent.shape for latent in cond.get("reference_latents", ())] for cond in every), key=len, default=[])
+        extra = cache_bytes(run, real.diffusion_model, itemsize, len(every), text, references)
+        cut = {} if handler is None else {handler.dim: handler.context_length}      # to one context window
+        noise_shape = torch.Size(enlarged(noise_shape, extra, real.memory_required, cut))
+    return executor(model, noise_shape, conds, model_options=model_options, **kwargs)
 
 
 def predict_noise(executor, x, timestep, model_options=None, seed=None):
@@ -132,40 +179,57 @@ def predict_noise(executor, x, timestep, model_options=None, seed=None):
         run.fall_back(ModelOutput(), "the sampler or a node looks into guidance, so model output is skipped instead of guided output")
     sigma = timestep.flatten()[:1].float()
     now = sigma.item()
-    run.begin(now, acting(getattr(executor.class_obj, "conds", {}), now))
+    conds, schedule = getattr(executor.class_obj, "conds", {}), model_options["transformer_options"].get("sample_sigmas")
+    run.begin(now, acting(conds, now, schedule), (x.shape, x.dtype))
     if isinstance(run.level, UnetEncoder):
         x = run.level.with_prior_noise(run.cache, x, run.clock.flow)
     if run.level.seam is Seam.GUIDED and now > 0:
         row = Row(str(x.device), 0, None, 0, None, tuple(x.shape))
         call = Call((row,), x, sigma.to(x.device).view([1] * x.ndim))
         denoised = run.level.evaluate(run.cache, call, lambda: executor(x, timestep, model_options, seed))
+        if not any(run.cache.shares):
+            for hook in hooks_of(conds):    # the host, which counts the evaluations of a keyframe, was not asked
+                move(hook.hook_keyframe, now, schedule)
     else:
         denoised = executor(x, timestep, model_options, seed)
-    run.cache.weigh(x, denoised)
+    run.cache.attempt(lambda: run.cache.weigh(x, denoised))
     run.finish()
     return denoised
 
 
-def acting(conds: dict, sigma: float) -> tuple:
-    """Which conditions, ControlNets and LoRA keyframes act at this sigma.
+def acting(conds: dict, sigma: float, schedule: torch.Tensor | None = None) -> tuple:
+    """Which conditions and ControlNets act at this sigma, and how strongly each hook of a condition does.
 
     The output jumps where that changes, so nothing is predicted across it.
     """
-    flags = []
-    for entries in conds.values():
-        for cond in entries:
-            flags.append(within(sigma, cond.get("timestep_start"), cond.get("timestep_end")))
-            for hook in getattr(cond.get("hooks"), "hooks", ()):
-                flags.append(sum(sigma <= float(keyframe.start_t) for keyframe in hook.hook_keyframe.keyframes))
-            control = cond.get("control")
-            while control is not None:
-                flags.append(within(sigma, *(getattr(control, "timestep_range", None) or (None, None))))
-                control = getattr(control, "previous_controlnet", None)
+    flags: list = [move(copy.copy(hook.hook_keyframe), sigma, schedule).strength for hook in hooks_of(conds)]
+    for cond in conditions(conds):
+        flags.append(within(sigma, cond.get("timestep_start"), cond.get("timestep_end")))
+        control = cond.get("control")
+        while control is not None:
+            flags.append(within(sigma, *(getattr(control, "timestep_range", None) or (None, None))))
+            control = getattr(control, "previous_controlnet", None)
     return tuple(flags)
 
 
+def conditions(conds: dict) -> list[dict]:
+    return [cond for entries in conds.values() for cond in entries]
+
+
+def hooks_of(conds: dict) -> list:
+    return [hook for cond in conditions(conds) for hook in getattr(cond.get("hooks"), "hooks", ())]
+
+
+def move(keyframes, sigma: float, schedule: torch.Tensor | None):
+    """A hook's keyframes, moved on to an evaluation at sigma as the host does it."""
+    now = torch.tensor(sigma)       # the host compares tensors, so in single precision
+    keyframes.prepare_current_keyframe(now, {"sample_sigmas": now if schedule is None else schedule})
+    return keyframes
+
+
 def within(sigma: float, start: float | None, end: float | None) -> bool:
-    return (start is None or sigma <= float(start)) and (end is None or sigma >= float(end))
+    now = torch.tensor(sigma)
+    return (start is None or bool(now <= float(start))) and (end is None or bool(now >= float(end)))
 
 
 def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
@@ -193,6 +257,8 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
 
 
 def diffusion_model(executor, *args, **kwargs):
+    if torch.compiler.is_compiling():   # asked before anything of the run is looked at, which a graph would be compiled anew for
+        return executor(*args, **kwargs)
     options = kwargs.get("transformer_options")
     if options is None:
         options = next((a for a in reversed(args) if isinstance(a, dict) and "sigmas" in a), {})
@@ -226,7 +292,7 @@ def in_network(run: Run, options: dict, x, network, compute, arguments: dict | N
 
 def rows_of(run: Run | None, options: dict, x, seam: Seam) -> tuple[Row, ...]:
     """The rows of a model call, or none where the level is another one or the call is not understood: then it is computed."""
-    if run is None or run.level.seam is not seam or run.ordinal is None or torch.compiler.is_compiling():
+    if run is None or run.level.seam is not seam or run.ordinal is None:
         return ()
     uuids, conds = options.get("uuids"), options.get("cond_or_uncond")
     first, *others = x if isinstance(x, (list, tuple)) and x else (x,)      # audio beside video
@@ -245,6 +311,7 @@ def window_of(options: dict) -> tuple | None:
 
 WRAPPERS = {
     WrappersMP.OUTER_SAMPLE: outer_sample,
+    WrappersMP.PREPARE_SAMPLING: prepare_sampling,
     WrappersMP.PREDICT_NOISE: predict_noise,
     WrappersMP.CALC_COND_BATCH: calc_cond_batch,
     WrappersMP.APPLY_MODEL: apply_model,

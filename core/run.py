@@ -1,8 +1,12 @@
 """One sampling run: it begins, knows where it is, and ends. It owns every tensor that lives across evaluations."""
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
 
 from .families import Family
 from .knob import settings as knob_settings
@@ -12,7 +16,7 @@ from .stepcache.cache import StepCache
 from .stepcache.corrections import Correction, NoCorrection
 from .stepcache.governor import DETERMINISTIC, Governor
 from .stepcache.levels import GuidedOutput, Level, Seam
-from .stepcache.look_back import LookBack
+from .stepcache.look_back import LookBack, most_bytes
 from .stepcache.policies import Policy
 from .stepcache.predictors import Predictor
 from .stepcache.predictors.divided_differences import DividedDifferences
@@ -20,7 +24,9 @@ from .stepcache.predictors.hold import Hold
 from .stepcache.profiles import Facts, Profile
 from .stepcache.signal import MODEL_INPUT, signal_of
 from .stepcache.solvers import SOLVERS
-from .store import Row
+from .store import MIB, STORAGE, Row, Store, page_locked
+
+DEVICES = ("gpu", "cpu")
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,23 @@ class Settings:
     max_consecutive_skips: int = 4
     preset: str = "custom"
     correction: Correction = NoCorrection()
+    warm_up: int = 1            # evaluations at the start that are always computed
+    last_steps: int = 1         # steps at the end that are
+    few_steps: bool = False     # serve runs that are too short to gain by it, too
+    budget_mib: int = 0         # for everything the cache keeps; 0 is no limit
+    storage: str = "same"       # how it is kept: same, bf16, fp8
+    device: str = "gpu"         # where: gpu is where it was computed, cpu is host memory
 
     def __post_init__(self):
+        for name, known in (("storage", STORAGE), ("device", DEVICES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} '{getattr(self, name)}'; known: {', '.join(known)}")
+        for name, least in (("warm_up", 1), ("last_steps", 1), ("budget_mib", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.storage == "fp8" and not any(c.depth == 1 for c in self.predictor.candidates()):
+            raise ValueError(f"storage 'fp8' is too coarse to extrapolate from, which predictor '{self.predictor.name}' does; "
+                             "choose predictor 'hold' or 'automatic', or storage 'bf16'")
         level = self.level.resolve(self.policy)
         if self.policy.needs_forward and not level.gates:
             raise ValueError(f"policy '{self.policy.name}' must see the first blocks run, and level '{level.name}' runs none before it decides; "
@@ -50,6 +71,8 @@ class Settings:
         return {
             "preset": self.preset, **{kind: {"name": entry.name, **knob_settings(entry)} for kind, entry in entries},
             "start_percent": self.start_percent, "end_percent": self.end_percent, "max_consecutive_skips": self.max_consecutive_skips,
+            "warm_up": self.warm_up, "last_steps": self.last_steps, "few_steps": self.few_steps,
+            "budget_mib": self.budget_mib, "storage": self.storage, "device": self.device,
         }
 
 
@@ -57,12 +80,13 @@ class Run:
     """Opened and closed around the host's outer sampling call; lives in that call's model options only."""
 
     def __init__(self, settings: Settings, family: Family, sigmas: list[float], flow: bool, sampler: str, start_sigma: float, end_sigma: float,
-                 plain: bool = True, guidance: float = 1.0, facts: Facts | None = None, read: Callable[[str], Profile] | None = None):
+                 plain: bool = True, guidance: float = 1.0, shape: Sequence[int] = (), facts: Facts | None = None,
+                 read: Callable[[str], Profile] | None = None):
         """`plain` says that the sampler runs without churn, which would put noise between two steps; `guidance` is the CFG scale.
 
-        `facts` and `read`, which gives a profile by name, are for policies that depend on the run.
+        `shape` is the latent's. `facts` and `read`, which gives a profile by name, are for policies that depend on the run.
         """
-        self.family, self.level = family, settings.level.resolve(settings.policy)
+        self.family, self.level, self.shape = family, settings.level.resolve(settings.policy), shape
         self.clock = Clock(sigmas, flow)
         steady = sampler in DETERMINISTIC
         candidates = [c for c in settings.predictor.candidates() if steady or c.depth <= 2] or [Hold(), DividedDifferences(1)]
@@ -77,15 +101,25 @@ class Run:
                 self.report.add_reason(f"policy '{settings.policy.name}' cannot see its first blocks there, so everything is computed")
         if not steady:
             self.report.add_reason(f"{sampler} may add noise or build errors up, so at most one skip in a row")
+        if settings.storage == "fp8" and any(c.depth > 1 for c in candidates):
+            candidates = [c for c in candidates if c.depth == 1] or [Hold()]
+            self.report.add_reason("fp8 is too coarse to extrapolate from, so the last result stands in as it is")
+        skips = settings.max_consecutive_skips if steady else min(settings.max_consecutive_skips, 1)
+        governor = Governor(start_sigma, end_sigma, skips, max(settings.warm_up, family.warm_up), settings.last_steps)
         solver = SOLVERS.get(sampler) if getattr(self.level, "look_back", False) and plain else None
-        most = settings.max_consecutive_skips if steady else min(settings.max_consecutive_skips, 1)
-        governor = Governor(start_sigma, end_sigma, most, family.warm_up)
         policy = settings.policy
         if facts is not None and hasattr(policy, "bound"):
-            policy = policy.bound(read, facts, most, self.may_skip(governor, flow), solver is not None)
+            policy = policy.bound(read, facts, skips, self.may_skip(governor, flow), solver is not None)
             if policy.note:
                 self.report.add_reason(policy.note)
-        self.cache = StepCache(policy, candidates, governor, self.report, settings.correction.start(), solver and LookBack(solver, sigmas), guidance)
+        look_back, budget = solver and LookBack(solver, sigmas), settings.budget_mib * MIB
+        self.look_back_bytes = most_bytes(shape, skips) if look_back is not None else 0
+        if budget and 2 * self.look_back_bytes > budget:
+            look_back, self.look_back_bytes = None, 0
+            self.report.add_reason("the cache budget leaves no room to look back")
+        store = partial(Store, storage=settings.storage, budget=budget and budget - self.look_back_bytes,
+                        away=page_locked if settings.device == "cpu" else None)
+        self.cache = StepCache(policy, candidates, governor, self.report, settings.correction.start(), look_back, guidance, store)
         refuses = getattr(policy, "refuses", None)
         if refuses is not None and (why := refuses(family.name, self.clock.steps, sampler)):
             self.cache.give_up(f"{why}, so everything is computed")
@@ -93,7 +127,9 @@ class Run:
         self.ordinals: Counter = Counter()
         self.ordinal: int | None = None     # none outside an evaluation, and before the host comes to its conditions
         self.inside = False
-        self.acting: tuple = ()
+        self.borders: dict[str, object] = {}
+        self.mask: Tensor | None = None     # the denoise mask in force, where something changes it from step to step
+        self.masks = 0                      # masks so far
 
     def may_skip(self, governor: Governor, flow: bool) -> list[bool]:
         """For each step of the schedule, whether the governor would leave it to the policy."""
@@ -101,16 +137,24 @@ class Run:
         steps = [clock.tick(sigma) for sigma in clock.sigmas[:-1]]
         return [not governor.must_compute(step, tuple(steps[:n]), 0) for n, step in enumerate(steps)]
 
-    def begin(self, sigma: float, acting: tuple = ()) -> None:
-        """A solver evaluation begins. `acting` tells which conditions act in it."""
+    def begin(self, sigma: float, acting: tuple = (), form: tuple = ()) -> None:
+        """A solver evaluation begins. `acting` tells which conditions act in it, `form` shape and type of the latent.
+
+        The output jumps where one of them changes, or the denoise mask, so nothing is predicted across that.
+        """
         self.begun = self.begun or time.perf_counter()
         self.ordinals.clear()
         self.ordinal, self.inside = None, True
-        if acting != self.acting:
-            if self.clock.evaluations:
-                self.cache.forget("conditions start or end")
-            self.acting = acting
+        borders = {"conditions start or end": acting, "the latent changes its shape or type": form, "the denoise mask changes": self.masks}
+        if self.clock.evaluations and borders != self.borders:
+            self.cache.forget(next(why for why, now in borders.items() if now != self.borders[why]))
+        self.borders = borders
         self.cache.begin(self.clock.tick(sigma))
+
+    def masked(self, mask: Tensor) -> None:
+        """The denoise mask of the evaluation that is about to begin."""
+        if self.mask is None or self.mask.shape != mask.shape or not torch.equal(self.mask, mask):
+            self.mask, self.masks = mask.clone(), self.masks + 1
 
     def fall_back(self, level: Level, why: str) -> None:
         """Go on at a safer level, from an empty history."""
@@ -148,4 +192,9 @@ class Run:
     def close(self) -> Report:
         self.report.seconds = time.perf_counter() - self.begun if self.begun else 0.0
         self.cache.close()
+        if self.mask is not None:
+            self.report.cache_bytes += self.mask.numel() * self.mask.element_size()
+            self.mask = None
+        if self.masks > 1:
+            self.report.add_reason(f"the denoise mask changed {self.masks - 1} times, and nothing is predicted across that")
         return self.report

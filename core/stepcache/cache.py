@@ -2,7 +2,9 @@
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ...kernels.combine import combine
@@ -29,11 +31,11 @@ class StepCache:
     """
 
     def __init__(self, policy: Policy, candidates, governor: Governor, report: Report, correcting: Correcting | None = None,
-                 look_back: LookBack | None = None, guidance: float = 1.0):
+                 look_back: LookBack | None = None, guidance: float = 1.0, store: Callable[[int], Store] = Store):
         self.policy, self.governor, self.report = policy, governor, report
         self.hindcast, self.correcting = Hindcast(candidates), correcting
         depth = max(candidate.depth for candidate in self.hindcast.candidates)
-        self.store = Store(depth)
+        self.store = store(depth)
         self.grams: dict[Row, tuple[list[int], Gram]] = {}     # dot products of a row's snapshots, and whose they are
         self.computed: deque[Step] = deque(maxlen=depth)
         self.notes: dict = {}                # what a level remembers of the network over the run; no tensors
@@ -82,7 +84,10 @@ class StepCache:
             return self.decision
 
     def finish(self) -> None:
-        """The evaluation came to its end: settle the scores, move the history on, write the record."""
+        """The evaluation came to its end: settle the scores, move the history on, write the record.
+
+        Rows that no evaluation of the history has seen, context windows that moved on, say, give their memory back.
+        """
         step = self.step
         share = sum(self.shares) / len(self.shares) if self.shares else 1.0     # calls that no level understood were computed
         skipped = bool(self.decision) and share < 1                             # so were rows without a history
@@ -91,7 +96,7 @@ class StepCache:
             self.skipped_in_a_row += 1
             self.budget.skip(step, self.error)
         else:
-            scale = self.hindcast.settle(self.best)
+            scale = self.attempt(lambda: self.hindcast.settle(self.best))
             measured = self.budget.share(step, self.hindcast.last)
             self.budget.settle(self.hindcast.missed)
             self.budget.scale = self.budget.scale if scale is None else scale
@@ -103,6 +108,12 @@ class StepCache:
         self.report.each.append(Evaluation(
             sigma=step.sigma, computed=not skipped, share=share, predicted_error=self.expected, hindcast_error=measured,
             ms=1000 * (time.perf_counter() - self.begun), why=self.why))
+        if self.broken:
+            self.forget()
+        elif not skipped:
+            for row in self.store.drop(lambda row, newest: newest.step.evaluation < self.computed[0].evaluation):
+                self.grams.pop(row, None)
+                self.hindcast.stood_in.pop(row, None)
 
     # rows, called by the levels and by what finds the rows for them ----------------------------------------------
     def enter(self, rows: tuple[Row, ...]) -> bool:
@@ -121,7 +132,7 @@ class StepCache:
     def ready(self, row: Row, shape=None) -> bool:
         """Whether a row's snapshots reach up to the last computed step, and have the shape that is wanted now."""
         past = self.store.get(row)
-        return bool(past) and past[-1].step.evaluation >= self.computed[-1].evaluation and (shape is None or past[-1].value.shape == shape)
+        return bool(past) and past[-1].step.evaluation >= self.computed[-1].evaluation and (shape is None or past[-1].shape == shape)
 
     def predict(self, row: Row, anchor: Tensor | None = None) -> Tensor:
         """What stands in for the row now, a new tensor, `anchor` added. The row must be ready."""
@@ -162,18 +173,27 @@ class StepCache:
     def learn(self, row: Row, value: Tensor) -> None:
         """Keep what was computed for a row; `value` must be the cache's own. Only the main pass is scored."""
         with self.lock:
+            if self.broken:
+                return
             self.watch.learn(row, value)
             past, guesses = self.store.get(row), []
-            if past and past[-1].value.shape == value.shape and not self.decision:
+            if past and past[-1].shape == value.shape and not self.decision:
                 if self.correcting is not None and ahead([past[-1].step], self.step) >= SAME_PLACE:
                     guesses = [self.guess(candidate, row, past) for candidate in self.hindcast.candidates if candidate.history <= len(past)]
                 if row.ordinal == 0:
-                    self.hindcast.measure(row, past, self.step, value)
-                    said = {guess.predictor: self.correcting.apply(guess) for guess in guesses}
-                    self.hindcast.score(past, self.step, value, self.gram(row, past), said)
+                    gram, said = self.gram(row, past), {guess.predictor: self.correcting.apply(guess) for guess in guesses}
+                    seen, actual = past, value
+                    if past[-1].came is not None:       # fetched one by one, and no more of it than a score looks at
+                        seen, actual = [Snapshot(s.step, sampled(s.value).clone()) for s in past], sampled(value)
+                        said = {predictor: sampled(guess) for predictor, guess in said.items()}
+                    self.hindcast.measure(row, seen, self.step, actual)
+                    self.hindcast.score(seen, self.step, actual, gram, said)
             if self.correcting is not None:
                 self.correcting.learn(row, self.step, value, guesses)
+            depth = self.store.depth
             self.store.put(row, self.step, value)
+            if self.store.depth < depth:
+                self.shorten()
 
     def handed_out(self, d: Tensor) -> Tensor:
         """The derivative to hand out where `d` stands in for the whole evaluation."""
@@ -192,6 +212,28 @@ class StepCache:
         """`rows` conditions were evaluated with this share of the blocks of a full evaluation."""
         with self.lock:
             self.shares += [share] * rows
+
+    # memory ----------------------------------------------------------------------------------------------------------
+    def attempt(self, work: Callable, device: str = ""):
+        """What `work` gives, which makes tensors for the cache alone; none where memory ran out: the run goes on without cache.
+
+        The rows of `device`, which the caller works on, give their memory back at once, the others when no thread uses them.
+        """
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            pass        # left behind first: it holds on to the tensors of its frames
+        self.give_up("memory ran out for the cache, so everything is computed; set a cache budget, or keep results in host memory")
+        with self.lock:
+            self.watch.forget()
+            self.hindcast.waiting.clear()
+            self.store.drop(lambda row, newest: row.device == device)
+
+    def shorten(self) -> None:
+        """The store's rings got shorter: predictors that need more snapshots leave."""
+        if not self.store.depth:
+            self.give_up(self.store.gave)
+        self.hindcast.candidates = tuple(c for c in self.hindcast.candidates if c.history <= self.store.depth) or (Hold(),)
 
     def look_back_no_more(self) -> None:
         """From here on the end of the run sees more of an error, because computed steps do not make up for it."""
@@ -223,5 +265,7 @@ class StepCache:
     def close(self) -> None:
         self.report.estimated_error = self.budget.total if len(self.report.each) > self.report.computed else None
         self.report.cache_bytes = sum(part.peak for part in (self.store, self.watch, self.look_back, self.correcting) if part is not None)
+        if self.store.gave:
+            self.report.add_reason(self.store.gave)
         self.forget()
         self.watch.close()

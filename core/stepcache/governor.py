@@ -27,6 +27,7 @@ class Governor:
     end_sigma: float        # to here
     max_skips: int          # in a row
     warm_up: int = 1        # evaluations at the start that are computed
+    last_steps: int = 1     # steps at the end that are
 
     def must_compute(self, step: Step, computed: tuple[Step, ...], skips: int) -> str:
         """Why this evaluation may not be skipped; empty when the policy may decide."""
@@ -34,8 +35,8 @@ class Governor:
             return "first step"
         if step.evaluation < self.warm_up:
             return "warm-up"
-        if step.last:
-            return "last step"
+        if step.index >= step.steps - self.last_steps:
+            return "last step" if step.last else "last steps"
         if not self.end_sigma <= step.sigma <= self.start_sigma:
             return "outside start and end"
         if skips >= self.max_skips:
@@ -43,11 +44,11 @@ class Governor:
         return ""
 
 
-def stand_down(steps: int, wrapper_keys: set[str], option_keys: set[str], model: str = "", sampler: str = "") -> str:
-    """Why the step cache must not act on this run; empty when it may. `model` is the diffusion model's class."""
+def stand_down(steps: int, wrapper_keys: set[str], option_keys: set[str], model: str = "", sampler: str = "", few_steps: bool = False) -> str:
+    """Why the step cache must not act on this run; empty when it may. `model` is the diffusion model's class, `few_steps` lets short runs pass."""
     if sampler in STATEFUL_SAMPLERS:
         return f"sampler {sampler} {STATEFUL_SAMPLERS[sampler]}, so none may be skipped"
-    if steps < FEWEST_STEPS:
+    if steps < FEWEST_STEPS and not few_steps:
         return f"the run has {steps} step{'s' * (steps != 1)}, and below {FEWEST_STEPS} a skipped one costs the picture more than it saves"
     if model in SKIPPER_MODELS:
         return f"the model comes from {SKIPPER_MODELS[model]} and Reprise leaves it alone"

@@ -50,14 +50,14 @@ def always(name: str, patcher=None) -> list:
 
 
 def sample(patcher, name, *, steps=STEPS, cfg=3.0, sampler="euler", scheduler="simple", size=8, batch=1, noise=None, positive=None,
-           negative=None, seed=1, callback=None, **more):
-    """The latent that the host's KSampler gives; video and sound packed into one tensor."""
+           negative=None, seed=1, callback=None, latent=None, **more):
+    """The latent that the host's KSampler gives, from `latent`, an empty one if none; video and sound packed into one tensor."""
     noise = tiny.noise(name, size=size, batch=batch) if noise is None else noise
     more.setdefault("disable_pbar", True)
     with torch.inference_mode():
         return packed(comfy.sample.sample(
             patcher, noise, steps, cfg, sampler, scheduler, positive or tiny.conditioning(name, 11), negative or tiny.conditioning(name, 12),
-            noise * 0, seed=seed, callback=callback, **more))
+            noise * 0 if latent is None else latent, seed=seed, callback=callback, **more))
 
 
 def packed(latent) -> torch.Tensor:

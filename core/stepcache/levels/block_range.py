@@ -49,12 +49,14 @@ class BlockRange:
         main = call.rows[0].ordinal == 0
         if not passage.finished and main and call.rows[0].patches:
             cache.give_up("a patch goes around the first or the last block, so block range cannot skip; choose guided output")
-        elif not passage.finished and main:
+        elif not passage.finished and main and not cache.broken:
             raise Unfamiliar("the first or the last block was never called")
         share = 1.0
         if passage.skipped and passage.finished:
             share = passage.share
         elif passage.skipped:       # nothing put the prediction in
+            result = passage.begun = passage.anchor = None      # memory may be what was lacking
+            result = passage.begun = passage.anchor = None      # memory may be what was lacking
             result = compute()
         cache.ran(len(call.rows), share)
         return result
@@ -117,20 +119,27 @@ class Passage:
         def forward(*args, **kwargs):
             self.place = place
             if place == 0:
-                self.begin(stack, block, args, kwargs)
+                self.attempt(lambda: self.begin(stack, block, args, kwargs))
             if self.anchor is None and self.first <= place < self.end:
-                self.enter(stack.taken(args, kwargs), stack)
+                self.attempt(lambda: self.enter(stack.taken(args, kwargs), stack))
             if not self.skipped or place >= self.end:
                 result = original(*args, **kwargs)
                 self.count += 1
                 if place == self.end - 1 and self.anchor is not None:
-                    self.learn(stack.given(result), stack)
+                    self.finished = True
+                    self.attempt(lambda: self.learn(stack.given(result), stack))
                 return result
             values = stack.taken(args, kwargs)
             if place == 0:      # the host may hold on to the first block's input, and adds to what blocks return
                 values = {name: None if value is None else value.clone() for name, value in values.items()}
-            return stack.passed(self.predicted(values, stack) if place == self.end - 1 else values)
+            if place == self.end - 1:
+                values = self.attempt(lambda: self.predicted(values, stack)) or values
+            return stack.passed(values)
         return forward
+
+    def attempt(self, work):
+        """What `work` gives; None when the cache is out of memory or has given up, and then the call is computed in full."""
+        return None if self.cache.broken else self.cache.attempt(work, self.rows[0].device)
 
     def side_proxy(self, side, module):
         original = module.forward
@@ -168,18 +177,17 @@ class Passage:
 
     def predicted(self, values: dict, stack) -> dict:
         """What comes out of the range: its tensors with what is predicted in their place; text that nobody reads stays as it is."""
-        self.finished = True
         said: dict[str, list] = {name: [] for name in self.anchor}
         for row, part in self.parts(self.anchor):
             said[row.stream].append(self.cache.predict(row, part).to(part.dtype))
         streams = {name: torch.cat(parts) for name, parts in said.items()}
         main = streams.pop("")
+        self.finished = True
         if self.whole:
             return values | stack.parted(main, values) | streams
         return values | {stack.stream: stack.with_image(values[stack.stream], main)} | streams
 
     def learn(self, values: dict, stack) -> None:
-        self.finished = True
         after = self.streams(values, stack)
         for row, part in self.parts({name: after[name] - anchor for name, anchor in self.anchor.items()}):
             self.cache.learn(row, part if len(self.rows) == 1 else part.clone())

@@ -20,13 +20,22 @@ class ModelOutput:
         return self
 
     def evaluate(self, cache, call, compute):
-        n = len(call.rows)
+        n, device = len(call.rows), call.rows[0].device
         parts = call.x.chunk(n)
-        if cache.skips(row=call.rows[0], x=parts[0]) and all(cache.ready(row, part.shape) for row, part in zip(call.rows, parts, strict=True)):
-            cache.ran(n, 0.0)
-            return from_derivative(call.x, torch.cat([cache.predict(row) for row in call.rows]), call.sigma)
+        guess = None
+        if cache.attempt(lambda: cache.skips(row=call.rows[0], x=parts[0]), device) and all(
+                cache.ready(row, part.shape) for row, part in zip(call.rows, parts, strict=True)):
+            guess = cache.attempt(lambda: from_derivative(call.x, torch.cat([cache.predict(row) for row in call.rows]), call.sigma), device)
+        cache.ran(n, 1.0 if guess is None else 0.0)
+        if guess is not None:
+            return guess
         denoised = compute()
-        for row, part in zip(call.rows, derivative(call.x, denoised, call.sigma).chunk(n), strict=True):
-            cache.learn(row, part.clone())
-        cache.ran(n, 1.0)
+        if not cache.broken:
+            cache.attempt(lambda: learn(cache, call, denoised), device)
         return denoised
+
+
+def learn(cache, call, denoised):
+    n = len(call.rows)
+    for row, part in zip(call.rows, derivative(call.x, denoised, call.sigma).chunk(n), strict=True):
+        cache.learn(row, part if n == 1 else part.clone())
