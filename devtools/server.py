@@ -17,7 +17,7 @@ from .environment import Environment
 from .process import Failure, read, stage, started
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKS = {"reprise": ROOT, "reprise_testbed": ROOT / "testbed" / "nodes"}
+PACKS = {"reprise": ROOT, "reprise_testbed": ROOT / "testbed"}
 START_SECONDS = 120
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has no business on the loopback
 

@@ -4,7 +4,9 @@
 
 Each graph runs twice; the first run warms up, the second is timed and must give the same picture. `seconds` in
 report.json is how long the sampler node was executing. `psnr_db` and `ssim` compare the two pictures in 8-bit RGB;
-`psnr_db` is null, and `identical` true, when no pixel differs. They are measured as the node Compare Runs does it.
+`psnr_db` is null, and `identical` true, when no pixel differs. They are measured as the node Compare Runs does it, of a
+video over all its frames. Where `trained` is false the model has random weights: its pictures mean nothing, and only the
+comparison with and without Reprise counts.
 """
 import argparse
 import json
@@ -12,14 +14,16 @@ import re
 import sys
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from .client import Outcome, Server, ServerError
 from .picture import SHOWN, column, difference, enlarged, framed, image_of, psnr, side_by_side, ssim, tensor_of
-from .workflow import OURS, WorkflowError, nodes_of, read_workflow, without_reprise
+from .workflow import OURS, WorkflowError, is_trained, model_of, nodes_of, read_workflow, without_reprise
 
 ROOT = Path(__file__).resolve().parent.parent
 GAIN = 32
+FRAME_MS = 62   # of a video's pictures; Wan makes 16 a second
 
 
 def main():
@@ -28,7 +32,7 @@ def main():
     options.add_argument("--out", required=True, type=Path, metavar="DIR")
     options.add_argument("--workflows", type=Path, default=ROOT / "workflows", metavar="DIR")
     options.add_argument("--only", metavar="NAME", help="run the workflows with NAME in their file name")
-    options.add_argument("--thumbnails", action="store_true", help="also write each workflow's picture beside its file, for ComfyUI's template list")
+    options.add_argument("--thumbnails", action="store_true", help="also write the picture of each trained model beside its workflow, for the template list")
     chosen = options.parse_args()
     try:
         demo(Server(chosen.server), chosen.workflows, chosen.out, chosen.only or "", chosen.thumbnails)
@@ -53,11 +57,11 @@ def demo(server: Server, folder: Path, out: Path, only: str, thumbnails: bool):
             continue
         rows.append({**measured, **machine})
         sheets.append(strip(measured, without, cached))
-        without.save(out / f"{file.stem} - without.png")
-        cached.save(out / f"{file.stem} - with.png")
+        save(without, out / f"{file.stem} - without.png")
+        save(cached, out / f"{file.stem} - with.png")
         framed(sheets[-1]).save(out / f"{file.stem} - side by side.png")
-        if thumbnails:
-            enlarged(cached, SHOWN).save(file.with_suffix(".jpg"), quality=90)
+        if thumbnails and measured["trained"]:
+            enlarged(cached[shown(cached)], SHOWN).save(file.with_suffix(".jpg"), quality=90)
     (out / "report.json").write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if rows:
         framed(column(sheets)).save(out / "contact-sheet.png")
@@ -73,8 +77,8 @@ def describe(server: Server) -> dict:
     return {"reprise_version": version[1], "host_version": stats["system"]["comfyui_version"], "device": stats["devices"][0]["name"]}
 
 
-def compare(server: Server, file: Path, object_info: dict) -> tuple[dict, Image.Image, Image.Image]:
-    """Runs one workflow both ways; returns its row of the report and the pictures without and with Reprise."""
+def compare(server: Server, file: Path, object_info: dict) -> tuple[dict, list[Image.Image], list[Image.Image]]:
+    """Runs one workflow both ways; returns its row of the report and the pictures without and with Reprise, of a video its frames."""
     prompt = read_workflow(file, object_info)
     print(f"{file.stem}: without Reprise", flush=True)
     without = timed(server, without_reprise(prompt))
@@ -86,11 +90,12 @@ def compare(server: Server, file: Path, object_info: dict) -> tuple[dict, Image.
     report = cached.reports[0]
     if report["state"] != "ran":
         raise WorkflowError(f"Reprise stayed off in '{file.name}': {report['reason']}")
-    full, fewer = (tensor_of(outcome.images[0]) for outcome in (without, cached))
-    identical, similarity = full.equal(fewer), ssim(full, fewer)
+    full, fewer = (torch.cat([tensor_of(image) for image in outcome.images]) for outcome in (without, cached))
+    identical, similarity, model = full.equal(fewer), ssim(full, fewer), model_of(prompt)
     return {
         "workflow": file.stem,
-        "model": nodes_of(prompt, "UNETLoader")[0]["inputs"]["unet_name"],
+        "model": model,
+        "trained": is_trained(model),
         "steps": report["steps"],
         "evaluations": round(report["evaluations"], 3),
         "baseline_evaluations": report["baseline_evaluations"],
@@ -102,7 +107,7 @@ def compare(server: Server, file: Path, object_info: dict) -> tuple[dict, Image.
         "ssim": None if similarity is None else round(similarity, 5),
         "identical": identical,
         "settings": report["settings"],
-    }, without.images[0], cached.images[0]
+    }, without.images, cached.images
 
 
 def timed(server: Server, prompt: dict) -> Outcome:
@@ -115,14 +120,28 @@ def timed(server: Server, prompt: dict) -> Outcome:
     return second
 
 
-def strip(measured: dict, without: Image.Image, cached: Image.Image) -> Image.Image:
+def shown(frames: list[Image.Image]) -> int:
+    """The place of the picture that stands for them all: the middle one."""
+    return len(frames) // 2
+
+
+def save(frames: list[Image.Image], path: Path):
+    """A PNG; of several frames an animated one."""
+    first, *more = frames
+    first.save(path, save_all=bool(more), append_images=more, duration=FRAME_MS)
+
+
+def strip(measured: dict, without: list[Image.Image], cached: list[Image.Image]) -> Image.Image:
     quality = "identical" if measured["identical"] else f"{measured['psnr_db']:.1f} dB"
-    apart = image_of(difference(tensor_of(without), tensor_of(cached), GAIN))
-    return side_by_side(without, cached, apart, (
+    place = shown(without)
+    frame = f", frame {place + 1} of {len(without)}" if len(without) > 1 else ""
+    seeded = "" if measured["trained"] else "\nrandom weights: only the comparison counts"
+    apart = image_of(difference(tensor_of(without[place]), tensor_of(cached[place]), GAIN))
+    return side_by_side(without[place], cached[place], apart, (
         f"{measured['workflow']}: without\n"
         f"{measured['steps']} steps, {measured['baseline_evaluations']:g} evaluations, {measured['baseline_seconds']:.2f} s",
         f"with Reprise: {quality}\n{measured['steps']} steps, {measured['evaluations']:.2f} evaluations, {measured['seconds']:.2f} s",
-        f"difference x {GAIN}\n{measured['model']}"))
+        f"difference x {GAIN}{frame}\n{measured['model']}{seeded}"))
 
 
 def print_table(rows: list[dict]):
@@ -132,6 +151,8 @@ def print_table(rows: list[dict]):
         seconds = f"{r['baseline_seconds']:.2f} -> {r['seconds']:.2f}"
         quality = "identical" if r["identical"] else f"{r['psnr_db']:.1f} dB"
         print(f"{r['workflow']:<32}{r['steps']:>6}{evaluations:>16}{seconds:>18}{quality:>12}")
+    if seeded := [r["workflow"] for r in rows if not r["trained"]]:
+        print(f"\nrandom weights: {', '.join(seeded)}; these pictures mean nothing, only the comparison counts")
     print()
 
 

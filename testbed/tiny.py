@@ -15,6 +15,7 @@ from pathlib import Path
 import comfy.ldm.flux.model
 import comfy.ldm.lumina.model
 import comfy.ldm.wan.model
+import comfy.ldm.wan.vae
 import comfy.model_patcher
 import comfy.ops
 import comfy.sd
@@ -26,6 +27,7 @@ from torch import Generator, Tensor, nn
 
 from .arch import Z_IMAGE_DECOY, ZImageConfig
 from .kind import Kind
+from .nodes.text import WIDTH
 from .zoo import ZOO
 
 SLOW = 0.72     # share of the time frequencies, counted from the fastest, that is left out
@@ -60,6 +62,11 @@ def wan(operations, dim=128, ffn=256, layers=3, text=16) -> nn.Module:
     return comfy.ldm.wan.model.WanModel(
         model_type="t2v", patch_size=(1, 2, 2), in_dim=16, dim=dim, ffn_dim=ffn, text_dim=text, out_dim=16, num_heads=dim // 128,
         num_layers=layers, device="cpu", dtype=torch.float32, operations=operations)
+
+
+def text_width(config: dict) -> dict[str, str]:
+    """Wan's metadata; its text width is the one thing that the host does not read from the weights."""
+    return {"config": json.dumps({"transformer": {"text_dim": config.get("text", 16)}})}
 
 
 def sd15(operations) -> nn.Module:
@@ -101,7 +108,8 @@ KINDS = {
     "flux_13m": Kind(flux, {"hidden": 256, "depth": 3, "depth_single": 6, "text": 64, "pooled": 64}, channels=16, text=64, pooled=64),
     "flux2": Kind(flux2, {}, channels=128, text=16),
     "z_image": Kind(z_image, Z_IMAGE, channels=16, text=16, metadata=lambda config: {"config": json.dumps({"transformer": config})}),
-    "wan": Kind(wan, {}, channels=16, text=16, frames=1, metadata=lambda config: {"config": json.dumps({"transformer": {"text_dim": 16}})}),
+    "wan": Kind(wan, {}, channels=16, text=16, frames=1, metadata=text_width),
+    "wan_words": Kind(wan, {"text": WIDTH}, channels=16, text=WIDTH, frames=1, metadata=text_width),     # reads the fixture text encoder
     "sd15": Kind(sd15, {}, channels=4, text=768),
     "sd15_like": Kind(config=SD15_LIKE, channels=4, host="SD15"),
     "sdxl_like": Kind(config=SDXL_LIKE, channels=4, pooled=16, host="SDXL"),
@@ -149,8 +157,8 @@ def weights(name: str, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, str]
     return net.state_dict() | decoy, metadata
 
 
-def patcher(name: str, seed: int = 0, dtype: torch.dtype = torch.float32):
-    """A ModelPatcher, made by the host's loader, or by its model class where the loader cannot tell the size."""
+def patcher(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | None = None):
+    """A ModelPatcher, made by the host's loader, or by its model class, to run on `device`, where the loader cannot tell the size."""
     kind = KINDS[name]
     if kind.stock:
         tensors, metadata = weights(name, seed)
@@ -161,7 +169,7 @@ def patcher(name: str, seed: int = 0, dtype: torch.dtype = torch.float32):
     kind.finish(model.diffusion_model)
     fill_(model.diffusion_model, seed)
     cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+    return comfy.model_patcher.ModelPatcher(model, load_device=device or cpu, offload_device=cpu)
 
 
 def write(name: str, path: Path | str, seed: int = 0) -> None:
@@ -169,6 +177,17 @@ def write(name: str, path: Path | str, seed: int = 0) -> None:
     if not KINDS[name].stock:
         raise ValueError(f"the stock loader cannot tell the size of a tiny {name}; use patcher('{name}')")
     tensors, metadata = weights(name, seed)
+    save(tensors, path, metadata)
+
+
+def write_wan_vae(path: Path | str, seed: int = 0, dim: int = 8) -> None:
+    """An fp16 Wan 2.1 VAE that the stock VAELoader opens: 8 pixels and 4 frames to a latent one, as it has them."""
+    vae = comfy.ldm.wan.vae.WanVAE(
+        dim=dim, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[], temperal_downsample=[False, True, True], dropout=0.0)
+    save(fill_(vae, seed).state_dict(), path, {})
+
+
+def save(tensors: dict[str, Tensor], path: Path | str, metadata: dict[str, str]) -> None:
     save_file({key: tensor.detach().half().contiguous() for key, tensor in tensors.items()}, path, metadata={"format": "pt", **metadata})
 
 

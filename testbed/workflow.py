@@ -1,7 +1,8 @@
 """Workflow files as users open them, turned into prompts that the tiny models can run.
 
-A workflow names the real models. `substitutions.json` is all that changes: file names, the text-encoder loaders
-and the size of the latent. Steps, cfg, sampler and every setting of our own nodes stay as the file has them.
+A workflow names the real models. `substitutions.json` is all that changes: file names, nodes that a fixture stands in
+for (loaders of text encoders and of whole checkpoints, and the video file) and the size of the latent. Steps, cfg,
+sampler and every setting of our own nodes stay as the file has them. Models listed as seeded have random weights.
 """
 import copy
 import json
@@ -41,12 +42,12 @@ def convert(workflow: dict, object_info: dict) -> dict:
 
 
 def substitute(prompt: dict) -> dict:
-    """The same prompt over the tiny models."""
+    """The same prompt over the tiny models. A stand-in for a node keeps its links and nothing else."""
     prompt = copy.deepcopy(prompt)
     for node in prompt.values():
         stand_in = SUBSTITUTIONS["nodes"].get(node["class_type"])
         if stand_in:
-            node.update(class_type=stand_in, inputs={})
+            node.update(class_type=stand_in, inputs={name: value for name, value in node["inputs"].items() if is_link(value)})
         node["inputs"].update(SUBSTITUTIONS["sizes"].get(node["class_type"], {}))
         for name, value in node["inputs"].items():
             if isinstance(value, str) and value.endswith(MODEL_FILES):
@@ -77,6 +78,20 @@ def without_reprise(prompt: dict) -> dict:
             if is_link(value):
                 node["inputs"][name] = unpatched(value)
     return kept
+
+
+def model_of(prompt: dict) -> str:
+    """What the model that Step Cache is on comes from: the file that a loader opens, or the fixture in its place."""
+    [node, *_] = nodes_of(prompt, OURS)
+    while "model" in node["inputs"]:
+        node = prompt[node["inputs"]["model"][0]]
+    files = [value for value in node["inputs"].values() if isinstance(value, str) and value.endswith(MODEL_FILES)]
+    return files[0] if files else node["class_type"]
+
+
+def is_trained(model: str) -> bool:
+    """Whether the pictures of a model, told as `model_of` does, mean anything."""
+    return model not in SUBSTITUTIONS["seeded"]
 
 
 def is_link(value) -> bool:

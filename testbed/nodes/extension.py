@@ -1,20 +1,11 @@
-"""The two fixture nodes, neither with an input: a text encoder and a VAE made of nothing but seeds and cosines."""
+"""The fixture nodes, and the seeded models that stock loaders shall find."""
 from comfy_api.latest import ComfyExtension, io
-from torch import Tensor
 
+from .hash_clip import HashCLIP
 from .patch_vae import PatchVAE
-from .text import encode
-
-
-class HashCLIP:
-    """Duck-typed host CLIP: the stock CLIPTextEncode node runs on it."""
-
-    def tokenize(self, text: str, **_) -> str:
-        return text
-
-    def encode_from_tokens_scheduled(self, tokens: str, **_) -> list[tuple[Tensor, dict]]:
-        sequence, pooled = encode(tokens)
-        return [(sequence, {"pooled_output": pooled})]
+from .save_frames import SaveFrames
+from .seeded_models import offer_seeded_models
+from .seeded_sdxl import SeededSDXL
 
 
 class TextEncoder(io.ComfyNode):
@@ -46,5 +37,8 @@ class LinearVAE(io.ComfyNode):
 
 
 class TestbedExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        offer_seeded_models()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [TextEncoder, LinearVAE]
+        return [TextEncoder, LinearVAE, SeededSDXL, SaveFrames]

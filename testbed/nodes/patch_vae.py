@@ -4,7 +4,8 @@
     latent = z / 0.3611 + 0.1159            what LATENT holds for FLUX and Z-Image
 
 The basis is orthonormal, so an error in the picture is proportional to the error in the latent. The trained
-16-channel TAESD of the test bed decodes the same latents with sharper edges.
+16-channel TAESD of the test bed decodes the same latents with sharper edges. A model of fewer channels takes some of
+the coefficients, with a scale and a shift of its own.
 """
 import math
 
@@ -36,24 +37,25 @@ def patch_basis() -> Tensor:
 class PatchVAE:
     """Duck-typed host VAE: the stock VAEDecode and VAEEncode nodes run on it."""
 
-    latent_channels = 16
     latent_dim = 2
     downscale_ratio = PATCH
     upscale_ratio = PATCH
 
-    def __init__(self):
-        self.basis = patch_basis()
-        self.gain = torch.tensor(GAIN)
+    def __init__(self, rows: list[int] | None = None, scale: float = SCALE, shift: float = SHIFT):
+        rows = list(range(len(GAIN))) if rows is None else rows
+        self.basis = patch_basis()[rows]
+        self.gain = torch.tensor(GAIN)[rows]
+        self.scale, self.shift, self.latent_channels = scale, shift, len(rows)
 
     def to_model_space(self, pixels: Tensor) -> Tensor:
-        """pixels [B, 3, H, W] in [0, 1] to z [B, 16, H/8, W/8]."""
+        """pixels [B, 3, H, W] in [0, 1] to z [B, C, H/8, W/8]."""
         b, _, h, w = pixels.shape
         x = (pixels * 2 - 1).reshape(b, 3, h // PATCH, PATCH, w // PATCH, PATCH).permute(0, 2, 4, 1, 3, 5)
         z = x.reshape(b, h // PATCH, w // PATCH, 3 * PATCH * PATCH) @ self.basis.T * self.gain
         return z.permute(0, 3, 1, 2).contiguous()
 
     def from_model_space(self, z: Tensor) -> Tensor:
-        """z [B, 16, h, w] to pixels [B, 3, 8h, 8w]; not clamped."""
+        """z [B, C, h, w] to pixels [B, 3, 8h, 8w]; not clamped."""
         b, _, h, w = z.shape
         x = (z.permute(0, 2, 3, 1) / self.gain) @ self.basis
         x = x.reshape(b, h, w, 3, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5).reshape(b, 3, h * PATCH, w * PATCH)
@@ -62,7 +64,7 @@ class PatchVAE:
     def decode(self, samples: Tensor, **_) -> Tensor:
         if samples.ndim == 5:
             samples = samples[:, :, 0]
-        return self.from_model_space((samples.float() - SHIFT) * SCALE).clamp(0, 1).movedim(1, -1)
+        return self.from_model_space((samples.float() - self.shift) * self.scale).clamp(0, 1).movedim(1, -1)
 
     def decode_tiled(self, samples: Tensor, **_) -> Tensor:
         return self.decode(samples)
@@ -70,7 +72,7 @@ class PatchVAE:
     def encode(self, pixels: Tensor) -> Tensor:
         x = pixels[..., :3].movedim(-1, 1).float()
         x = x[:, :, : x.shape[2] // PATCH * PATCH, : x.shape[3] // PATCH * PATCH]
-        return self.to_model_space(x) / SCALE + SHIFT
+        return self.to_model_space(x) / self.scale + self.shift
 
     def encode_tiled(self, pixels: Tensor, **_) -> Tensor:
         return self.encode(pixels)

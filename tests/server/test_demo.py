@@ -9,7 +9,7 @@ from devtools.server import ROOT
 from testbed.demo import demo
 from testbed.workflow import WorkflowError
 
-ROW = ("workflow", "model", "steps", "evaluations", "baseline_evaluations", "computed_steps", "skipped_steps", "seconds", "baseline_seconds",
+ROW = ("workflow", "model", "trained", "steps", "evaluations", "baseline_evaluations", "computed_steps", "skipped_steps", "seconds", "baseline_seconds",
        "psnr_db", "ssim", "identical", "settings", "reprise_version", "host_version", "device")
 
 

@@ -21,9 +21,15 @@ def with_step_cache(prompt: dict, **inputs) -> dict:
     return prompt
 
 
-def test_every_workflow_runs_and_gives_one_picture(ran):
-    assert [image.size for image in ran.images] == [(128, 128)]
-    assert all(low < high for low, high in ran.images[0].getextrema()), "the picture is a flat colour"
+def pictures(outcome: Outcome) -> list[bytes]:
+    return [image.tobytes() for image in outcome.images]
+
+
+def test_every_workflow_runs_and_gives_one_picture_or_all_frames_of_its_video(ran, prompt):
+    frames = sum(node["inputs"].get("length", 1) for node in nodes_of(prompt, "Empty"))
+    assert [image.size for image in ran.images] == [(128, 128)] * frames
+    assert all(low < high for image in ran.images for low, high in image.getextrema()), "a picture is a flat colour"
+    assert len({*pictures(ran)}) == frames, "frames of the video are the same"
 
 
 def test_every_workflow_sends_one_report_whose_numbers_add_up(ran):
@@ -41,17 +47,17 @@ def test_a_report_names_the_node_that_sent_it(ran, prompt):
 
 def test_switched_off_the_picture_is_the_one_without_the_node_bit_for_bit(server, prompt):
     off, baseline = server.run(with_step_cache(prompt, enabled=False)), server.run(without_reprise(prompt))
-    assert off.images[0].tobytes() == baseline.images[0].tobytes()
+    assert pictures(off) == pictures(baseline)
     assert not baseline.reports
 
 
 def test_the_same_workflow_gives_the_same_picture_again(server, prompt, ran):
-    assert server.run(prompt).images[0].tobytes() == ran.images[0].tobytes()
+    assert pictures(server.run(prompt)) == pictures(ran)
 
 
 def test_a_model_is_all_that_step_cache_needs(server, prompt, ran):
     """The workflows hold the defaults, so leaving them out changes nothing."""
-    assert server.run(with_step_cache(prompt)).images[0].tobytes() == ran.images[0].tobytes()
+    assert pictures(server.run(with_step_cache(prompt))) == pictures(ran)
 
 
 def test_every_workflow_gives_step_cache_all_inputs_of_this_version_at_their_defaults(prompt, object_info):

@@ -2,7 +2,7 @@
 import pytest
 
 from testbed.client import afresh, rejection
-from testbed.workflow import WorkflowError, convert, substitute, without_reprise
+from testbed.workflow import WorkflowError, convert, is_trained, model_of, substitute, without_reprise
 
 
 def prompt() -> dict:
@@ -31,6 +31,32 @@ def test_file_names_the_text_encoder_and_the_latent_size_are_replaced_and_nothin
         ("2", ""): "RepriseTestbed_TextEncoder", ("2", "clip_name1"): None, ("2", "clip_name2"): None,
         ("4", "width"): 128, ("4", "height"): 128,
     }
+
+
+def test_a_stand_in_keeps_the_links_of_the_node_and_nothing_else():
+    video = {
+        "1": {"class_type": "CreateVideo", "inputs": {"images": ["9", 0], "fps": 16}},
+        "2": {"class_type": "SaveVideo", "inputs": {"video": ["1", 0], "filename_prefix": "video/x", "format": "auto", "codec": "auto"}},
+    }
+    assert substitute(video) == {"1": video["1"], "2": {"class_type": "RepriseTestbed_SaveFrames", "inputs": {"video": ["1", 0]}}}
+
+
+def test_the_model_of_a_prompt_is_found_behind_its_patches():
+    patched = prompt()
+    patched["7"] = {"class_type": "ModelSamplingSD3", "inputs": {"model": ["1", 0], "shift": 8.0}}
+    patched["5"]["inputs"]["model"] = ["7", 0]
+    assert model_of(patched) == "flux1-dev.safetensors" and model_of(substitute(patched)) == "flux_tiny.safetensors"
+    assert is_trained(model_of(substitute(patched)))
+
+
+@pytest.mark.parametrize("loader", [
+    {"class_type": "UNETLoader", "inputs": {"unet_name": "wan2.1_t2v_1.3B_fp16.safetensors", "weight_dtype": "default"}},
+    {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "sd_xl_base_1.0.safetensors"}},
+])
+def test_a_model_with_random_weights_is_known_as_one(loader):
+    seeded = prompt()
+    seeded["1"] = loader
+    assert not is_trained(model_of(substitute(seeded)))
 
 
 def test_a_model_file_without_a_stand_in_is_named():

@@ -1,0 +1,25 @@
+"""Seeded checkpoints, written when the host starts, for workflows without a trained tiny model.
+
+They are of the host's real classes and its stock loaders open them. Their weights are random: what they draw means
+nothing, what a cache changes about it does.
+"""
+from pathlib import Path
+
+import folder_paths
+
+from .. import tiny
+
+FILES = {
+    "diffusion_models": {"wan_seeded.safetensors": lambda path: tiny.write("wan_words", path)},
+    "vae": {"wan_vae_seeded.safetensors": tiny.write_wan_vae},
+}
+
+
+def offer_seeded_models() -> None:
+    """Write them into the host's temporary folder, which it empties at its start and its end, and have them listed."""
+    for kind, files in FILES.items():
+        folder = Path(folder_paths.get_temp_directory()) / "seeded" / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, write in files.items():
+            write(folder / name)
+        folder_paths.add_model_folder_path(kind, str(folder))
