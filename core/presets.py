@@ -4,11 +4,12 @@ from .stepcache.levels.automatic import Automatic as AutomaticLevel
 from .stepcache.policies.error_control import ErrorControl
 from .stepcache.predictors.automatic import Automatic as AutomaticPredictor
 
-TOLERANCE = {"safe": 0.015, "balanced": 0.03, "fast": 0.06}
+TOLERANCE = {"safe": 0.01, "balanced": 0.02, "fast": 0.05}
 PRESETS = tuple(TOLERANCE)
 
 
-def preset_settings(name: str) -> Settings:
+def preset_settings(name: str, **memory) -> Settings:
+    """`memory`: what every preset lets the user choose: few_steps, budget_mib, storage, device."""
     if name not in TOLERANCE:
         raise ValueError(f"unknown preset '{name}'; known: {', '.join(PRESETS)}, custom")
-    return Settings(ErrorControl(TOLERANCE[name]), AutomaticPredictor(), AutomaticLevel(), preset=name)
+    return Settings(ErrorControl(TOLERANCE[name]), AutomaticPredictor(), AutomaticLevel(), preset=name, **memory)

@@ -1,7 +1,8 @@
 """Step Cache: skip the steps whose result can be predicted from the steps before."""
 from ..core.attach import attach_step_cache
 from ..core.presets import PRESETS, preset_settings
-from ..core.run import Settings
+from ..core.run import DEVICES, STORAGE, Settings
+from ..core.stepcache.corrections import CORRECTIONS
 from ..core.stepcache.levels import LEVELS
 from ..core.stepcache.policies import POLICIES
 from ..core.stepcache.predictors import PREDICTORS
@@ -10,6 +11,7 @@ from .choice import check_sent, choice, chosen
 from .notify import notifier
 
 CUSTOM = "custom"
+MENUS = {"policy": POLICIES, "predictor": PREDICTORS, "level": LEVELS, "correction": CORRECTIONS}
 
 
 class StepCache(io.ComfyNode):
@@ -20,8 +22,8 @@ class StepCache(io.ComfyNode):
             display_name="Step Cache",
             category="reprise",
             description="Skips sampling steps whose result can be predicted from the steps before, and reports the error it made. "
-                        "Approximate: the picture stays close to the full one, not identical. FLUX and Z-Image.",
-            search_aliases=["teacache", "taylorseer", "first block cache", "easycache", "wavespeed", "cache", "speed up", "skip steps"],
+                        "Approximate: the picture stays close to the full one, not identical. Any diffusion model.",
+            search_aliases=["teacache", "taylorseer", "first block cache", "easycache", "magcache", "deepcache", "wavespeed", "speed up", "skip steps"],
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model to sample with."),
                 io.Boolean.Input("enabled", default=True, optional=True,
@@ -41,6 +43,19 @@ class StepCache(io.ComfyNode):
                 io.Int.Input("max_consecutive_skips", default=4, min=1, max=50, optional=True, advanced=True,
                              tooltip="After so many skips in a row an evaluation is computed; Heun and its kin evaluate twice per step. "
                                      "Used by the preset 'custom'."),
+                choice("correction", CORRECTIONS, tooltip="Puts a prediction right by what was learnt in the run. Used by the preset 'custom'."),
+                io.Int.Input("warm_up", default=1, min=1, max=50, optional=True, advanced=True,
+                             tooltip="So many evaluations at the start are always computed. Used by the preset 'custom'."),
+                io.Int.Input("last_steps", default=1, min=1, max=50, optional=True, advanced=True,
+                             tooltip="So many steps at the end are always computed. Used by the preset 'custom'."),
+                io.Boolean.Input("few_steps", default=False, optional=True, advanced=True,
+                                 tooltip="Serve runs of 8 steps or fewer too, where a skipped step costs the picture more than it saves."),
+                io.Int.Input("budget_mib", default=0, min=0, max=1 << 20, optional=True, advanced=True,
+                             tooltip="Most memory for the cache, in MiB. When it is not enough, the cache keeps less, then goes without. 0 is no limit."),
+                io.Combo.Input("storage", options=list(STORAGE), default="same", optional=True, advanced=True,
+                               tooltip="How results are kept: as they came, in 16 bits, or in 8 (then the last one stands in as it is)."),
+                io.Combo.Input("device", options=list(DEVICES), default="gpu", optional=True, advanced=True,
+                               tooltip="Where results are kept: gpu is where they were computed, cpu is page-locked host memory."),
             ],
             outputs=[io.Model.Output(tooltip="The model with the step cache on it.")],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
@@ -48,20 +63,24 @@ class StepCache(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, enabled: bool = True, preset: str = "balanced", policy: dict | None = None, predictor: dict | None = None,
-                level: dict | None = None, start_percent: float = 0.0, end_percent: float = 1.0, max_consecutive_skips: int = 4) -> io.NodeOutput:
+                level: dict | None = None, start_percent: float = 0.0, end_percent: float = 1.0, max_consecutive_skips: int = 4,
+                correction: dict | None = None, warm_up: int = 1, last_steps: int = 1, few_steps: bool = False, budget_mib: int = 0,
+                storage: str = "same", device: str = "gpu") -> io.NodeOutput:
         if not enabled:
             return io.NodeOutput(model)
+        memory = {"few_steps": few_steps, "budget_mib": budget_mib, "storage": storage, "device": device}
         if preset == CUSTOM:
             sent = sent_inputs(cls.hidden)
-            for name, registry in (("policy", POLICIES), ("predictor", PREDICTORS), ("level", LEVELS)):
+            for name, registry in MENUS.items():
                 check_sent(name, registry, sent)
             if start_percent > end_percent:
                 raise ValueError(f"start_percent is {start_percent} and end_percent {end_percent}; the start must not lie behind the end")
             settings = Settings(
                 chosen("policy", POLICIES, policy), chosen("predictor", PREDICTORS, predictor), chosen("level", LEVELS, level),
-                start_percent, end_percent, max_consecutive_skips)
+                start_percent, end_percent, max_consecutive_skips, correction=chosen("correction", CORRECTIONS, correction), warm_up=warm_up,
+                last_steps=last_steps, **memory)
         else:
-            settings = preset_settings(preset)
+            settings = preset_settings(preset, **memory)
         return io.NodeOutput(attach_step_cache(model, settings, notifier(getattr(cls.hidden, "unique_id", None))))
 
 

@@ -10,6 +10,7 @@ from pack import comfy_entrypoint
 from pack.core import attach
 from pack.core.knob import knobs, settings
 from pack.core.presets import PRESETS, TOLERANCE, preset_settings
+from pack.core.stepcache.corrections import CORRECTIONS
 from pack.core.stepcache.levels import LEVELS
 from pack.core.stepcache.policies import POLICIES
 from pack.core.stepcache.predictors import PREDICTORS
@@ -18,7 +19,7 @@ from pack.nodes import step_cache as group
 from pack.nodes._api import io
 from pack.nodes.choice import choice, chosen
 
-REGISTRIES = {"policy": POLICIES, "predictor": PREDICTORS, "level": LEVELS}
+REGISTRIES = {"policy": POLICIES, "predictor": PREDICTORS, "level": LEVELS, "correction": CORRECTIONS}
 ENTRIES = [(kind, name) for kind, registry in REGISTRIES.items() for name in registry]
 
 

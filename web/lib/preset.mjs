@@ -1,5 +1,5 @@
 /** Settings that the chosen preset does not read are greyed out; only "custom" reads them. */
-const READ_BY_ALL = new Set(["enabled", "preset"]);
+const READ_BY_ALL = new Set(["enabled", "preset", "few_steps", "budget_mib", "storage", "device"]);
 
 export function followPreset(node) {
     const preset = node.widgets?.find((widget) => widget.name === "preset");
