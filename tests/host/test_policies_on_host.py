@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from harness import STEPS, attached, blocks, decisions, family, model, plain, relative, run, sample, sample_by, spied
+from harness import STEPS, attached, blocks, decisions, model, plain, relative, run, sample, sample_by, spied
 
-from pack.core.stepcache.levels.block_range import BlockRange
 from pack.core.stepcache.policies import POLICIES
 from pack.core.stepcache.policies.schedule import Schedule
 from pack.core.stepcache.signal import signal_of
@@ -31,50 +30,8 @@ LIBERAL_AND_NOTHING = {
 }
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A cache to which a level shows another signal than its own."""
-
-    cache: object
-    signal: list
-
-    def __getattr__(self, name):
-        return getattr(self.cache, name)
-
-    def skips(self, signal=None, row=None, x=None):
-        return self.cache.skips(self.signal[-1] if self.signal else None, row)
-
-
-@dataclass(frozen=True)
-class Modulating(BlockRange):
-    """Block range for a family that does not tell its modulated input: from the first block's own modules."""
-
-    def evaluate(self, cache, call, compute):
-        seen: list = []
-
-        def look(block, args, kwargs):
-            if hasattr(block, "img_mod"):
-                first, _ = block.img_mod(kwargs["vec"])
-                value = block.img_norm1(kwargs["img"]) * (1 + first.scale) + first.shift
-            else:
-                value = args[3]         # adaln_input
-            seen.append(value.chunk(len(call.rows))[0])
-
-        hook = call.blocks.every[0][1].register_forward_pre_hook(look, with_kwargs=True)
-        try:
-            return super().evaluate(Shown(cache, seen), call, compute)
-        finally:
-            hook.remove()
-
-
-def level_for(policy, name) -> str | BlockRange:
-    if signal_of(policy) == "modulated input" and getattr(family(name), "modulated", None) is None:
-        return Modulating()
-    return "automatic"
-
-
 def cached(policy: str, knobs: dict, name: str, **more) -> dict:
-    return {"policy": policy, "policy_knobs": knobs, "level": level_for(POLICIES[policy], name), **more}
+    return {"policy": policy, "policy_knobs": knobs, **more}
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -153,7 +110,7 @@ def modulated_inputs(name):
 def test_the_modulated_input_is_what_the_first_block_s_attention_gets(name):
     policy = Seeing("modulated input", lambda signal: (signal.drift, signal.changes), skipped=(3, 4, 6, 9, 10))
     with modulated_inputs(name) as seen:
-        _, report = run(model(name), name, cfg=1.0, cached={"policy": policy, "level": level_for(policy, name)})
+        _, report = run(model(name), name, cfg=1.0, cached={"policy": policy})
     assert [n for n, computed in enumerate(decisions(report)) if not computed] == list(policy.skipped) and len(seen) == STEPS
     assert len(policy.seen) == STEPS - 2, "the first and the last step are not asked about"
     for n, (drift, changes) in policy.seen.items():
