@@ -18,12 +18,12 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from kornia.metrics import ssim
 from torch import Tensor
 
 from . import _methods
 from ._pictures import DRAWN, MODELS, VAE, Subject, conditions, psnr, sample_under
 from ._rows import identity
+from pack.compare import metrics
 from pack.core.families import family_of
 from testbed import captions, procedural, tiny
 
@@ -258,14 +258,14 @@ class Bench:
         return {
             "psnr_latent_db": round(statistics.mean(psnr_latent(a, b) for a, b in zip(latents, self.full, strict=True)), 3),
             "psnr_image_db": round(statistics.mean(pictures), 3) if pictures else None,
-            "ssim": round(similarity(latents, self.full), 5) if pictures else None,
+            "ssim": significant(similarity(latents, self.full)) if pictures else None,
             "rel_l2_median": significant(statistics.median(far)), "rel_l2_max": significant(max(far)),
             "psnr_image_each": [round(decibel, 2) for decibel in pictures] if pictures else None,
         } | ({"rel_l2_each": [significant(x) for x in far]} if told else {})
 
 
-def significant(value: float) -> float:
-    return float(f"{value:.4g}")
+def significant(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
 
 
 def relative_l2(latent: Tensor, reference: Tensor) -> float:
@@ -275,13 +275,12 @@ def relative_l2(latent: Tensor, reference: Tensor) -> float:
 def psnr_latent(latent: Tensor, reference: Tensor) -> float:
     """dB; the peak is the range of the reference."""
     error = (latent - reference).square().mean().item()
-    return 120.0 if error < 1e-12 else 20 * math.log10((reference.max() - reference.min()).item()) - 10 * math.log10(error)
+    return metrics.EXACT if error < 1e-12 else 20 * math.log10((reference.max() - reference.min()).item()) - 10 * math.log10(error)
 
 
-def similarity(latents: Tensor, references: Tensor) -> float:
-    """SSIM of the decoded pictures, windows of 11 pixels, mean over the batch."""
-    a, b = (VAE.decode(batch).movedim(-1, 1) for batch in (latents, references))
-    return ssim(a, b, 11).mean().item()
+def similarity(latents: Tensor, references: Tensor) -> float | None:
+    """SSIM of the decoded pictures, mean over the batch."""
+    return metrics.ssim(*(VAE.decode(batch).movedim(-1, 1) for batch in (latents, references)))
 
 
 def planned(cell: Cell, quick: bool) -> list:

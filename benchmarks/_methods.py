@@ -60,10 +60,22 @@ class Series:
     max_skips: int = 50     # the policy's own rule ends a skip
 
 
-# Published settings where there are such (each policy's file names its source), and around them what it takes to cover RANGE.
+def over(knob: str, *values, **others) -> tuple[dict, ...]:
+    return tuple({knob: value, **others} for value in values)
+
+
+# Published settings where there are such (each policy's file names its source), and around them what it takes to cover RANGE on
+# the test bed. Warm-ups are those of 50 steps scaled to 28. Published predictor first; then a line, which is mostly nearer.
 SETTINGS = {
-    "interval": Series(tuple({"interval": n, "warm_up": 3} for n in (2, 3, 4, 5, 6)), (HOLD, LINE, BEND)),
-    "first block": Series(({"threshold": 0.05}, {"threshold": 0.08}, {"threshold": 0.12}, {"threshold": 0.2}), (HOLD, LINE)),
+    "interval": Series(over("interval", 2, 3, 4, 5, 6, warm_up=3), (HOLD, LINE, BEND)),
+    "first block": Series(over("threshold", 0.05, 0.08, 0.12, 0.2, 0.3), (HOLD, LINE)),
+    "TeaCache": Series(over("threshold", 0.2, 0.4, 0.8, 1.6), (HOLD, LINE)),
+    "EasyCache": Series(over("threshold", 0.025, 0.05, 0.1, 0.2, warm_up=3), (HOLD, LINE)),
+    "MagCache": Series(over("max_skips", 1, 2, 3, 5, threshold=0.24, retention_ratio=0.1), (HOLD, LINE)),
+    "CG-Taylor": Series(over("gate", 0.03, 0.06, 0.13, 0.25, warm_up=3), (LINE,)),
+    "ZEUS": Series(over("preset", "FLUX", "SD", "Wan 2.1"), (entry("ZEUS"), LINE), level="guided output"),
+    "schedule": Series(over("preset", "slow", "medium", "fast", "ultra"), (LINE, BEND)),
+    "temporal delta": Series((*over("threshold", 0.05, 0.1, max_skips=2), *over("threshold", 0.2, max_skips=3)), (HOLD, LINE)),
 }
 
 
