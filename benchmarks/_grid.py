@@ -284,10 +284,11 @@ def similarity(latents: Tensor, references: Tensor) -> float | None:
 
 
 def planned(cell: Cell, quick: bool) -> list:
-    """The methods of a cell; of those that sample one picture at a time, error control alone."""
+    """The methods of a cell; of those that sample one picture at a time, error control alone. A policy that can skip nothing here is left out."""
     if cell.alone:
         return [_methods.error_control(tolerance, cell.steps) for tolerance in _methods.TOLERANCES]
-    return _methods.methods(cell.steps, quick)
+    family = family_of(model_of(cell.model).model.diffusion_model)
+    return [method for method in _methods.methods(cell.steps, quick) if not (family and method.refused(family.name, cell.steps, cell.sampler))]
 
 
 def measured(cell: Cell, wanted: list) -> Iterator[dict]:
