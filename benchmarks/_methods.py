@@ -14,7 +14,7 @@ from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from ._curves import counts as whole_counts
 from pack.core.attach import attach_step_cache
 from pack.core.knob import checked
-from pack.core.presets import preset_settings
+from pack.core.presets import TOLERANCE, preset_settings
 from pack.core.run import Settings
 from pack.core.stepcache.levels import LEVELS
 from pack.core.stepcache.policies import POLICIES
@@ -25,6 +25,7 @@ log = logging.getLogger("benchmarks")
 ERROR_CONTROL = "error control"
 OUTSIDE = (0.15, 0.2, 0.7, 0.8)     # shares of the steps, besides all counts in RANGE
 TOLERANCES = tuple(float(f"{0.0025 * 2 ** (k / 4):.3g}") for k in range(29))    # to 0.32, four to the octave
+TOLERANCES_ALONE = tuple(sorted({*TOLERANCES[4::2], *TOLERANCE.values()}))      # where every picture takes its own decisions, and time
 HOST_NODES = {"host EasyCache": EasyCacheNode, "host LazyCache": LazyCacheNode}
 HOST_THRESHOLDS = (0.1, 0.2, 0.4)
 MASK_ORDERS = (1, 2)
