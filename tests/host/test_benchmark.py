@@ -77,8 +77,15 @@ def test_settings_of_the_benchmark_are_knobs_of_their_policies(name):
 
 def test_a_policy_without_settings_runs_at_its_defaults_and_says_so(monkeypatch, caplog):
     monkeypatch.delitem(_methods.SETTINGS, "interval")
+    _methods.warn.cache_clear()
     (method,) = by_name("interval")
-    assert method.cache.policy == POLICIES["interval"]() and "SETTINGS" in caplog.text
+    assert method.attached.policy == POLICIES["interval"]() and "SETTINGS" in caplog.text
+
+
+def test_a_policy_that_can_skip_nothing_on_a_model_is_left_out_there(monkeypatch):
+    monkeypatch.setattr(POLICIES["interval"], "refuses", lambda self, family, steps, sampler: "no" if family == "flux" else "", raising=False)
+    there = {model: {method.name for method in _grid.planned(_grid.Cell(model, "euler", 20, 1.0), False)} for model in ("flux", "zimage")}
+    assert "interval" not in there["flux"] and "interval" in there["zimage"] and "error control" in there["flux"]
 
 
 def test_no_two_methods_of_a_cell_share_a_row():
@@ -169,6 +176,18 @@ def test_the_engine_hash_sees_code_and_not_comments(monkeypatch, tmp_path):
         file.write_text(text)
         found.append(_grid.engine.__wrapped__())
     assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("arguments, told", [
+    (["--cells", "flux/euler/29/*"], "no cell of the grid is called flux/euler/29"), (["--models", "sdxl"], ""), (["--peers", "--engine"], ""),
+])
+def test_what_does_not_exist_is_refused(monkeypatch, capsys, arguments, told):
+    from benchmarks import step_cache
+
+    monkeypatch.setattr("sys.argv", ["step-cache", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        step_cache.main()
+    assert told in str(ended.value) and (told or "error" in capsys.readouterr().err)
 
 
 # what the engine costs -------------------------------------------------------------------------------------------------
