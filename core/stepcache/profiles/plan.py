@@ -32,7 +32,8 @@ class Plan:
     """The best schedule with this many computed steps."""
 
     computed: tuple[int, ...]
-    error: float        # root of the sum of E; a relative L2 error of the final latent, up to the scale that check runs tell
+    error: float                    # the root of the sum of E; a relative L2 error of the final latent, up to the scale that check runs tell
+    measured: float | None = None   # that error, where the schedule itself was run
 
 
 def plans(overlaps: Tensor, gaps: Sequence[float], gains: Sequence[float], longest: int, may_skip: Sequence[bool], looks_back: bool) -> dict[int, Plan]:
@@ -69,6 +70,32 @@ def traced(came: list[dict[int, Tensor]], total: int, count: int, ahead: int, ol
         before = int(came[now][ahead][old, count - 1])
         now, ahead, old, count = now - ahead, old, before, count - 1
     return (*reversed([*steps, now]),)
+
+
+def error_of(costs: dict[int, Tensor], computed: Sequence[int]) -> float:
+    """The root of the sum of E of any schedule whose groups the costs know."""
+    total, before = 0.0, (0, 0)         # distances to the computed step before, and to the one before that
+    for now, following in zip(computed, computed[1:], strict=False):
+        ahead = following - now
+        total += float(costs[ahead][now, before[0], before[1]])
+        before = ahead, before[0]
+    return math.sqrt(max(total, 0.0))
+
+
+def neighbours(computed: Sequence[int], longest: int, may_skip: Sequence[bool]) -> list[tuple[int, ...]]:
+    """The schedules that differ in one computed step, which lies one step earlier or later."""
+    found = []
+    for place in range(1, len(computed) - 1):
+        for moved in (computed[place] - 1, computed[place] + 1):
+            other = (*computed[:place], moved, *computed[place + 1:])
+            if computed[place - 1] < moved < computed[place + 1] and allowed(other, longest, may_skip):
+                found.append(other)
+    return found
+
+
+def allowed(computed: Sequence[int], longest: int, may_skip: Sequence[bool]) -> bool:
+    short = all(following - now <= longest + 1 for now, following in zip(computed, computed[1:], strict=False))
+    return short and all(free or n in computed for n, free in enumerate(may_skip))
 
 
 def group_costs(overlaps: Tensor, gaps: Sequence[float], gains: Sequence[float], reach: int, looks_back: bool) -> dict[int, Tensor]:
