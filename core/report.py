@@ -35,7 +35,7 @@ class Report:
     settings: dict = field(default_factory=dict)
     seconds: float = 0.0
     cache_bytes: int = 0
-    estimated_error: float | None = None    # relative L2 error of the final latent against the full run; None without a skip
+    estimated_error: float | None = None    # relative L2 error of the final latent against the full run; None without a skip, or where it cannot be told
     each: list[Evaluation] = field(default_factory=list)
 
     @property

@@ -32,28 +32,45 @@ class ErrorBudget:
         self.ratio = EXPECTED_TOO_LOW
         self.scale: float | None = None     # |d| / |D| at the last computed step
         self.owed, self.raw = 0.0, 0.0      # of the group under way: in the final latent; sum of gap times e
-        self.spent = 0.0                    # squares of the groups that were measured
+        self.way, self.weight = 0.0, 0.0    # and its sums of gap, and of gap times what an e of 1 comes to
+        self.untold = False                 # nothing was expected of one of its skips
+        self.spent = 0.0                    # squares of the groups before it
+        self.lost = False                   # one of them was neither expected nor measured
+
+    def reach(self, step: Step) -> float | None:
+        """What an error of d as large as d itself, in this step alone, comes to in the final latent."""
+        return None if self.scale is None else self.handed_on * step.noise ** self.falls * step.gap * self.scale
 
     def share(self, step: Step, error: float | None) -> float | None:
         """What a skip at `step` with this relative error of d would add to the group; None where it cannot be told."""
-        if error is None or self.scale is None:
-            return None
-        return self.handed_on * step.noise ** self.falls * self.ratio * step.gap * self.scale * error
+        reach = self.reach(step)
+        return None if error is None or reach is None else self.ratio * reach * error
 
     def skip(self, step: Step, error: float | None) -> None:
-        self.owed += self.share(step, error) or 0.0
+        share = self.share(step, error)
+        self.untold = self.untold or share is None
+        self.owed += share or 0.0
         self.raw += step.gap * (error or 0.0)
+        self.way += step.gap
+        self.weight += self.reach(step) or 0.0
 
     def settle(self, missed: float | None) -> None:
         """A computed step ends the group. `missed` is its sum of gap times e as measured now, or None."""
-        if missed is not None and self.raw > 0 and math.isfinite(missed):
+        measured = missed is not None and math.isfinite(missed)
+        if measured and 0 < self.raw < math.inf and not self.untold:
             found = min(max(missed / self.raw, BOUNDS[0]), BOUNDS[1])
             self.spent += (self.owed / self.ratio * found) ** 2
             self.ratio = (self.ratio + found) / 2
+        elif measured and self.weight > 0:      # nothing that one could go by was expected, as early in a run
+            self.spent += (self.weight / self.way * missed) ** 2
         else:
             self.spent += self.owed ** 2
-        self.owed, self.raw = 0.0, 0.0
+            self.lost = self.lost or self.untold
+        self.owed = self.raw = self.way = self.weight = 0.0
+        self.untold = False
 
     @property
-    def total(self) -> float:
-        return math.sqrt(self.spent + self.owed ** 2)
+    def total(self) -> float | None:
+        """None where it cannot be told."""
+        total = math.sqrt(self.spent + self.owed ** 2)
+        return total if math.isfinite(total) and not self.lost and not self.untold else None

@@ -70,15 +70,15 @@ class Hindcast:
 
         H~ is the polynomial through the two snapshots before and the new one, which closes the bracket.
         """
-        group = self.stood_in.pop(row, [])
-        if group and abs(step.place - past[-1].step.place) >= SAME_PLACE:
-            seen, nodes = sampled(actual).float(), [*((s.step.place, sampled(s.value)) for s in past[-2:]), (step.place, sampled(actual))]
-            off = torch.zeros_like(seen)
+        group, seen = self.stood_in.pop(row, []), sampled(actual)
+        fits = all(said.shape == seen.shape and said.device == seen.device for _, said in group)
+        if group and fits and abs(step.place - past[-1].step.place) >= SAME_PLACE:
+            nodes = [*((s.step.place, sampled(s.value)) for s in past[-2:]), (step.place, seen)]
+            off = torch.zeros_like(seen, dtype=torch.float32)
             for at, said in group:
-                if said.shape == seen.shape and said.device == seen.device:
-                    weights = lagrange([place for place, _ in nodes], at.place)
-                    off.add_(combine(weights, [value for _, value in nodes]).float() - said.float(), alpha=at.gap)
-            self.waiting.append((GROUP, 1.0, off.norm() / seen.norm().clamp_min(1e-12)))
+                weights = lagrange([place for place, _ in nodes], at.place)
+                off.add_(combine(weights, [value for _, value in nodes], out_dtype=torch.float32) - said, alpha=at.gap)
+            self.waiting.append((GROUP, 1.0, off.norm() / seen.float().norm().clamp_min(1e-12)))
 
     def weigh(self, x: Tensor, denoised: Tensor, sigma: float) -> None:
         """Note |d| / |D|, d = (x - D) / sigma."""
@@ -88,9 +88,10 @@ class Hindcast:
     def settle(self, best) -> float | None:
         """Read the scores back, in one transfer, and remember them. `best` is the candidate that would have been used.
 
-        Returns |d| / |D| where it was weighed.
+        Returns |d| / |D| where it was weighed. The group of skips is over, also for rows that were not computed now.
         """
         self.last = self.missed = None
+        self.stood_in.clear()
         if not self.waiting:
             return None
         device = self.waiting[0][2].device      # with several GPUs the rows of an evaluation live on several

@@ -20,6 +20,8 @@ def dpmpp_2m(sigmas: Sequence[float], n: int) -> tuple[float, float, float]:
     if n == 0 or sigmas[n + 1] <= 0:
         return euler(sigmas, n)
     now, before = -math.log(kept), math.log(sigmas[n - 1] / sigmas[n])     # steps in log sigma
+    if not before:
+        return euler(sigmas, n)     # sigma stood still: the sampler itself divides by zero here, and what it makes of that cannot be told
     share = now / (2 * before)
     return kept, (1 - kept) * (1 + share), -(1 - kept) * share
 

@@ -1,6 +1,7 @@
 """Hindcast: every candidate is scored on what it would have said, and the best is chosen."""
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -171,3 +172,121 @@ def test_relative_error_is_fp32_whatever_goes_in(dtype):
     error = relative_error(torch.full((70000,), 1.5, dtype=dtype), torch.ones(70000, dtype=dtype))
     assert error.dtype == torch.float32 and error.ndim == 0 and error.item() == pytest.approx(0.5)
     assert torch.isfinite(relative_error(torch.ones(3, dtype=dtype), torch.zeros(3, dtype=dtype)))
+
+
+# what a group of skips got wrong ---------------------------------------------------------------------------------------
+def noisy(seed: int, dtype=torch.float32, shape=(60,)) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def missed(groups: dict, past: list[Snapshot], step, actual: torch.Tensor) -> float | None:
+    """`groups` tells for each row what stood in where."""
+    hindcast = Hindcast((HOLD,))
+    hindcast.stood_in = {row: [(STEPS[n], said) for n, said in group.items()] for row, group in groups.items()}
+    for row in groups:
+        hindcast.measure(row, past, step, actual)
+    hindcast.settle(HOLD)
+    return hindcast.missed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("flow", [True, False], ids=["flow", "variance-exploding"])
+@pytest.mark.parametrize("known", [(4,), (3, 4), (1, 4), (0, 2, 4)])
+@pytest.mark.parametrize("skips", [1, 2, 3, 4])
+def test_what_a_group_missed_is_the_way_between_it_and_the_curve_through_its_ends(skips, known, flow, dtype):
+    """Worked out in numpy: the polynomial by least squares through as many points as it has coefficients."""
+    sigmas = [12.0 * 0.8 ** n for n in range(20)] if not flow else [1 - n / 20 for n in range(20)]
+    clock = Clock([*sigmas, 0.0], flow)
+    steps = [clock.tick(sigma) for sigma in sigmas]
+    past, end = [Snapshot(steps[n], noisy(n, dtype)) for n in known], 5 + skips
+    actual, hindcast = noisy(end, dtype), Hindcast((HOLD,))
+    said = {n: noisy(50 + n, dtype) for n in range(5, end)}
+    hindcast.stood_in["row"] = [(steps[n], value) for n, value in said.items()]
+    hindcast.measure("row", past, steps[end], actual)
+    hindcast.settle(HOLD)
+
+    nodes = [*known[-2:], end]
+    values = np.stack([noisy(n, dtype).double().numpy().ravel() for n in nodes])
+    curve = np.polynomial.polynomial.polyfit(nodes, values, len(nodes) - 1)
+    widths = np.abs(np.diff([*sigmas, 0.0])) if flow else -np.diff(np.log(1 + np.array([*sigmas, 0.0])))
+    off = sum(widths[n] * (np.polynomial.polynomial.polyval(n, curve) - value.double().numpy().ravel()) for n, value in said.items())
+    assert hindcast.missed == pytest.approx(np.linalg.norm(off) / np.linalg.norm(values[-1]), rel=1e-4)
+
+
+def test_errors_in_one_direction_add_up_and_others_cancel():
+    past, zero = [Snapshot(STEPS[n], torch.ones(8)) for n in (0, 1)], torch.ones(8)
+    gap = STEPS[0].gap
+    assert missed({"row": {2: zero + 0.1, 3: zero + 0.1}}, past, STEPS[4], zero) == pytest.approx(0.2 * gap, rel=1e-4)
+    assert missed({"row": {2: zero + 0.1, 3: zero - 0.1}}, past, STEPS[4], zero) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_of_several_rows_the_one_that_missed_most_counts():
+    past, actual = [Snapshot(STEPS[n], noisy(n)) for n in (0, 1)], noisy(4)
+    rows = {name: {2: noisy(10 + n), 3: noisy(20 + n)} for n, name in enumerate("abc")}
+    alone = [missed({name: group}, past, STEPS[4], actual) for name, group in rows.items()]
+    assert len(set(alone)) == 3 and missed(rows, past, STEPS[4], actual) == pytest.approx(max(alone))
+    assert missed(dict(reversed(rows.items())), past, STEPS[4], actual) == pytest.approx(max(alone))
+
+
+@pytest.mark.parametrize("stranger", [noisy(3, shape=(61,)), noisy(3).to("meta")], ids=["shape", "device"])
+def test_a_row_of_another_shape_or_device_is_left_out_and_not_taken_for_right(stranger):
+    past, actual = [Snapshot(STEPS[n], noisy(n)) for n in (0, 1)], noisy(4)
+    assert missed({"row": {2: stranger}}, past, STEPS[4], actual) is None
+    assert missed({"row": {2: noisy(2), 3: stranger}}, past, STEPS[4], actual) is None, "half of a group tells nothing"
+    beside = {"row": {2: noisy(2)}, "stranger": {2: stranger}}
+    assert missed(beside, past, STEPS[4], actual) == missed({"row": {2: noisy(2)}}, past, STEPS[4], actual) > 0
+
+
+def test_nothing_is_measured_without_a_skip_at_the_same_place_or_after_the_history_was_dropped():
+    past, actual = [Snapshot(STEPS[n], noisy(n)) for n in (0, 1)], noisy(4)
+    assert missed({"row": {2: noisy(2)}}, past, STEPS[4], actual) is not None, "else this proves nothing"
+    assert missed({"row": {}}, past, STEPS[4], actual) is None
+    assert missed({"row": {2: noisy(2)}}, past, STEPS[1], actual) is None
+    hindcast = Hindcast((HOLD,))
+    hindcast.stood_in["row"] = [(STEPS[2], noisy(2))]
+    hindcast.forget()
+    hindcast.measure("row", past, STEPS[4], actual)
+    hindcast.settle(HOLD)
+    assert hindcast.missed is None and not hindcast.stood_in
+
+
+def test_a_group_counts_once_and_ends_for_rows_that_were_not_computed_with_the_others():
+    past, hindcast = [Snapshot(STEPS[n], noisy(n)) for n in (0, 1)], Hindcast((HOLD,))
+    hindcast.stood_in = {row: [(STEPS[2], noisy(2))] for row in ("here", "away")}
+    hindcast.measure("here", past, STEPS[3], noisy(3))
+    hindcast.settle(HOLD)
+    assert hindcast.missed > 0 and not hindcast.stood_in
+    for row in ("here", "away"):
+        hindcast.measure(row, past, STEPS[4], noisy(4))
+    hindcast.settle(HOLD)
+    assert hindcast.missed is None
+
+
+def test_a_group_that_is_not_a_number_is_infinitely_wrong_and_no_scale():
+    past, hindcast = [Snapshot(STEPS[0], noisy(0))], Hindcast((HOLD,))
+    hindcast.stood_in["row"] = [(STEPS[1], noisy(1) * math.nan)]
+    hindcast.measure("row", past, STEPS[2], noisy(2))
+    hindcast.weigh(noisy(3) * math.inf, noisy(4), 0.5)
+    assert hindcast.settle(HOLD) is None and hindcast.missed == math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_derivative_is_weighed_against_the_denoised_latent(dtype):
+    hindcast, x, denoised = Hindcast((HOLD,)), noisy(1, dtype), noisy(2, dtype) * 3
+    hindcast.weigh(x, denoised, 0.25)
+    a, b = x.double().numpy(), denoised.double().numpy()
+    assert hindcast.settle(HOLD) == pytest.approx(np.linalg.norm((a - b) / 0.25) / np.linalg.norm(b), rel=1e-4)
+    assert hindcast.settle(HOLD) is None, "once"
+    hindcast.weigh(x, denoised * 0, 0.25)
+    assert hindcast.settle(HOLD) > 1e6, "finite, and far too much to skip"
+
+
+def test_scales_and_groups_are_no_candidates():
+    past, hindcast = [Snapshot(STEPS[n], noisy(n)) for n in (0, 1)], Hindcast((HOLD,))
+    hindcast.stood_in["row"] = [(STEPS[2], noisy(2))]
+    hindcast.measure("row", past, STEPS[3], noisy(3))
+    hindcast.weigh(noisy(5), noisy(6), 0.5)
+    hindcast.score(past, STEPS[3], noisy(3))
+    hindcast.settle(HOLD)
+    assert set(hindcast.rate) == {HOLD} and hindcast.last == pytest.approx(relative_error(noisy(1), noisy(3)).item())
+    assert hindcast.choose((STEPS[3],), STEPS[4])[0] == HOLD

@@ -1,5 +1,6 @@
 """The clock: where a run is, told from the sigmas alone."""
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import assume, given
@@ -60,6 +61,23 @@ def test_the_gaps_of_the_steps_add_up_to_the_schedule(sigmas):
     clock = Clock(sigmas, flow=True)
     gaps = [clock.tick(sigma).gap for sigma in sigmas[:-1]]
     assert sum(gaps) == pytest.approx(sigmas[0] - sigmas[-1]) and min(gaps) >= 0
+
+
+@given(schedules())
+def test_gaps_of_the_variance_exploding_form_add_up_in_what_is_left_of_x_there(sigmas):
+    clock = Clock(sigmas, flow=False)
+    steps = [clock.tick(sigma) for sigma in sigmas[:-1]]
+    assert sum(step.gap for step in steps) == pytest.approx(math.log((1 + sigmas[0]) / (1 + sigmas[-1]))) and min(step.gap for step in steps) >= 0
+    assert all(0 <= later.noise <= before.noise <= 1 for before, later in pairwise(steps))
+
+
+@given(schedules(), st.data())
+def test_an_evaluation_between_two_sigmas_covers_the_step_that_it_is_in(sigmas, data):
+    n = data.draw(st.integers(0, len(sigmas) - 2))
+    for flow in (True, False):
+        clock = Clock(sigmas, flow)
+        between = clock.tick((sigmas[n] + sigmas[n + 1]) / 2)
+        assert between.gap == clock.tick(sigmas[between.index]).gap
 
 
 @pytest.mark.parametrize(("sigma", "flow", "noise"), [(0.7, True, 0.7), (1.0, False, 0.5), (14.6, False, 14.6 / 15.6)])

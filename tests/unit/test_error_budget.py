@@ -1,0 +1,272 @@
+"""The error budget: what skips come to in the final latent, and when that may not be told."""
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sampling_by_hand import Path, exploding, far, flow, polynomial, sampled
+
+from pack.core.report import Report
+from pack.core.step import Clock, Step
+from pack.core.stepcache.cache import StepCache
+from pack.core.stepcache.error_budget import BOUNDS, BY_GUIDANCE, EXPECTED_TOO_LOW, FALLS, HANDED_ON, MOST_GUIDANCE, NOT_LOOKED_BACK, ErrorBudget
+from pack.core.stepcache.governor import Governor
+from pack.core.stepcache.look_back import LookBack
+from pack.core.stepcache.policies.error_control import ErrorControl
+from pack.core.stepcache.predictors.hold import Hold
+from pack.core.stepcache.solvers import SOLVERS
+from pack.core.store import Row
+
+SIGMAS = flow(20)
+ROW = Row("cpu", 0, None, 0, None, (1, 4))
+
+
+def steps_of(sigmas, is_flow=True) -> list[Step]:
+    clock = Clock(sigmas, is_flow)
+    return [clock.tick(sigma) for sigma in sigmas[:-1]]
+
+
+STEPS = steps_of(SIGMAS)
+
+
+def budget(scale: float | None = 1.5, **more) -> ErrorBudget:
+    made = ErrorBudget(**more)
+    made.scale = scale
+    return made
+
+
+# what a skip comes to --------------------------------------------------------------------------------------------------
+@given(st.floats(0, 1), st.floats(0.01, 9), st.floats(0.1, 9), st.integers(0, 19), st.booleans(), st.floats(1, 9))
+def test_a_skip_comes_to_what_the_equation_says(error, scale, ratio, n, looks_back, guidance):
+    made, step = budget(scale, guidance=guidance, looks_back=looks_back), STEPS[n]
+    made.ratio = ratio
+    amplified = made.handed_on * step.noise ** made.falls
+    assert made.share(step, error) == pytest.approx(amplified * ratio * (SIGMAS[n] - SIGMAS[n + 1]) * error * scale)
+
+
+@given(st.floats(1, MOST_GUIDANCE), st.floats(1, MOST_GUIDANCE))
+def test_more_guidance_and_not_looking_back_hand_more_of_an_error_on(one, other):
+    low, high = sorted((one, other))
+    assert ErrorBudget(high).handed_on >= ErrorBudget(low).handed_on and ErrorBudget(high).falls >= ErrorBudget(low).falls
+    assert ErrorBudget(low).handed_on == NOT_LOOKED_BACK * ErrorBudget(low, looks_back=True).handed_on
+    assert ErrorBudget(low).falls == ErrorBudget(low, looks_back=True).falls
+
+
+def test_guidance_counts_from_one_to_the_most_that_was_measured():
+    by = {guidance: ErrorBudget(guidance, looks_back=True) for guidance in (0.0, 1.0, 2.0, MOST_GUIDANCE, 30.0)}
+    assert (by[1.0].handed_on, by[1.0].falls) == (by[0.0].handed_on, by[0.0].falls) == (HANDED_ON, FALLS)
+    assert by[2.0].handed_on == pytest.approx(HANDED_ON + BY_GUIDANCE[0]) and by[2.0].falls == pytest.approx(FALLS + BY_GUIDANCE[1])
+    assert (by[30.0].handed_on, by[30.0].falls) == (by[MOST_GUIDANCE].handed_on, by[MOST_GUIDANCE].falls)
+
+
+@given(st.integers(0, 18), st.floats(0.05, 1))
+def test_one_unit_is_the_relative_error_of_the_final_latent(n, error):
+    """With K = r = 1, q = 0 and a model that hands an error on as it is, the estimate is the error."""
+    path = Path(SOLVERS["euler"], SIGMAS, polynomial(2), kappa=1.0)
+    made, clean = budget(), path.x[n] - SIGMAS[n] * path.d[n]
+    made.handed_on, made.falls, made.ratio = 1.0, 0.0, 1.0
+    made.scale = (path.d[n].norm() / clean.norm()).item()
+    made.skip(STEPS[n], error)
+    wrong = list(sampled(path.solver, SIGMAS, path.start, lambda k, x: path.denoised(k, x) - SIGMAS[n] * error * path.d[n] * (k == n)))
+    assert made.total == pytest.approx(far(wrong[-1], path.x[-1]) * (path.x[-1].norm() / clean.norm()).item())
+
+
+@given(st.integers(3, 390), st.floats(0.01, 1))
+def test_the_same_error_of_the_same_model_counts_alike_in_both_parameterisations(n, off):
+    """A denoised latent that is off by `off` |D|, in steps so small that both schedules cover the same way."""
+    wide = exploding(400)
+    narrow = [sigma / (1 + sigma) for sigma in wide]
+    shares = []
+    for sigmas, is_flow in ((wide, False), (narrow, True)):
+        made, d = budget(), 1.7     # |d|, which cancels
+        made.scale = d
+        shares.append(made.share(steps_of(sigmas, is_flow)[n], off / sigmas[n] / d))
+    assert shares[0] == pytest.approx(shares[1], rel=0.03)
+
+
+# the run ---------------------------------------------------------------------------------------------------------------
+def skipped(made: ErrorBudget, errors: dict[int, float | None], missed: float | None = None) -> float:
+    """A group of skips and the computed step that ends it; gives what was owed before that."""
+    for n, error in errors.items():
+        made.skip(STEPS[n], error)
+    owed = made.owed
+    made.settle(missed)
+    assert made.owed == 0.0
+    return owed
+
+
+def test_errors_add_up_within_a_group_and_in_squares_over_groups():
+    made = budget()
+    shares = [made.share(STEPS[n], 0.1) for n in (3, 4, 8)]
+    groups = [skipped(made, {3: 0.1, 4: 0.1}), skipped(made, {8: 0.1})]
+    assert groups == pytest.approx([shares[0] + shares[1], shares[2]])
+    assert made.total == pytest.approx(math.hypot(*groups))
+    made.skip(STEPS[12], 0.1)
+    assert made.total == pytest.approx(math.hypot(*groups, made.share(STEPS[12], 0.1))), "the group under way counts"
+
+
+@given(st.lists(st.floats(BOUNDS[0], BOUNDS[1]), min_size=1, max_size=6))
+def test_what_groups_turned_out_to_be_counts_and_is_followed(found):
+    made, ratio, squares = budget(), EXPECTED_TOO_LOW, 0.0
+    for factor in found:
+        way = STEPS[5].gap * 0.1 + STEPS[6].gap * 0.2
+        owed = skipped(made, {5: 0.1, 6: 0.2}, factor * way)
+        squares += (owed / ratio * factor) ** 2
+        ratio = (ratio + factor) / 2
+        assert made.ratio == pytest.approx(ratio) and made.total == pytest.approx(math.sqrt(squares))
+    assert made.share(STEPS[9], 0.1) == pytest.approx(budget().share(STEPS[9], 0.1) * ratio / EXPECTED_TOO_LOW)
+
+
+@pytest.mark.parametrize(("factor", "bound"), [(0.0, BOUNDS[0]), (1e6, BOUNDS[1])])
+def test_one_odd_group_does_not_decide_over_the_rest(factor, bound):
+    made = budget()
+    owed = skipped(made, {5: 0.1}, factor * STEPS[5].gap * 0.1)
+    assert made.ratio == pytest.approx((EXPECTED_TOO_LOW + bound) / 2) and made.total == pytest.approx(owed / EXPECTED_TOO_LOW * bound)
+
+
+@pytest.mark.parametrize("missed", [None, math.inf, math.nan])
+def test_a_group_that_was_not_measured_counts_as_expected_and_teaches_nothing(missed):
+    made = budget()
+    owed = skipped(made, {5: 0.1, 6: 0.1}, missed)
+    assert made.ratio == EXPECTED_TOO_LOW and made.total == pytest.approx(owed) and owed > 0
+
+
+def test_a_computed_step_without_skips_before_it_costs_nothing():
+    made = budget()
+    made.settle(None)
+    made.settle(0.3)
+    assert made.total == 0.0 and made.ratio == EXPECTED_TOO_LOW
+
+
+@pytest.mark.parametrize("error", [None, math.inf])
+def test_a_group_of_which_nothing_was_expected_counts_by_what_it_turned_out_to_be(error):
+    """As when a policy skips before any predictor was scored."""
+    told, untold, way = budget(), budget(), STEPS[5].gap + STEPS[6].gap
+    told.ratio = 1.0
+    skipped(told, {5: 0.1, 6: 0.1}, 0.1 * way)
+    skipped(untold, {5: error, 6: error}, 0.1 * way)
+    assert untold.total == pytest.approx(told.total) and untold.total > 0 and untold.ratio == EXPECTED_TOO_LOW
+
+
+@pytest.mark.parametrize("error", [None, math.inf, math.nan])
+def test_an_error_that_was_neither_expected_nor_measured_cannot_be_told(error):
+    made = budget()
+    made.skip(STEPS[5], error)
+    assert made.total is None
+    made.settle(None)
+    assert made.total is None and skipped(made, {8: 0.1}, 0.1 * STEPS[8].gap) and made.total is None, "nor can the sum"
+
+
+def test_where_the_scale_is_unknown_no_error_can_be_told():
+    made = budget(scale=None)
+    assert made.share(STEPS[5], 0.1) is None and budget().share(STEPS[5], None) is None
+    skipped(made, {5: 0.1}, 0.1)
+    assert made.total is None
+    assert ErrorBudget().total == 0.0, "without a skip it is known"
+
+
+# in a run --------------------------------------------------------------------------------------------------------------
+class Bench:
+    """A cache stepped by hand at guided output; `values` are the derivatives that would be computed."""
+
+    def __init__(self, policy, values, look_back: LookBack | None = None, weighed=True):
+        self.cache, self.values, self.weighed = StepCache(policy, (Hold(),), Governor(2.0, 0.0, 4), Report(), look_back=look_back), values, weighed
+        self.clock = Clock(SIGMAS, True)
+
+    def run(self) -> Report:
+        for sigma, value in zip(SIGMAS, self.values, strict=False):
+            cache = self.cache
+            cache.begin(self.clock.tick(sigma))
+            if skips := cache.skips() and cache.ready(ROW):
+                cache.predict(ROW)
+            else:
+                cache.learn(ROW, value)
+            cache.ran(1, 0.0 if skips else 1.0)
+            if self.weighed:
+                cache.weigh(torch.full((1, 4), 4.0 + 2.0 * sigma), torch.full((1, 4), 4.0))     # |d| / |D| = 0.5
+            cache.finish()
+        cache.close()
+        return cache.report
+
+
+def smooth(n: int) -> torch.Tensor:
+    return torch.tensor([[1.0, 2.0, -1.0, 0.5]]) * (1 + n / 100)
+
+
+VALUES = [smooth(n) for n in range(20)]
+
+
+def computed(report: Report) -> list[bool]:
+    return [e.computed for e in report.each]
+
+
+def test_error_control_computes_everything_where_errors_cannot_be_told():
+    policy = ErrorControl(tolerance=0.3)
+    assert computed(Bench(policy, VALUES).run()).count(False) > 5, "else this proves nothing"
+    blind = Bench(policy, VALUES, weighed=False).run()
+    assert all(computed(blind)) and blind.estimated_error is None
+
+
+def test_the_report_tells_the_error_of_a_run_that_skipped_and_of_no_other():
+    assert Bench(ErrorControl(tolerance=0.0), VALUES).run().estimated_error is None
+    report = Bench(ErrorControl(tolerance=0.3), VALUES).run()
+    assert 0 < report.estimated_error < 0.3 and "estimated error" in report.line()
+
+
+class Every:
+    """Every third step is computed, from the first on."""
+
+    name, needs_forward = "every third", False
+
+    def skip(self, view):
+        return view.step.index % 3 != 0
+
+
+def test_skips_before_anything_was_scored_are_in_the_estimate():
+    """Nothing is known when steps 1 and 2 are skipped; step 3 then tells how far off they were."""
+    report = Bench(Every(), [VALUES[0], VALUES[0], VALUES[0], VALUES[0] * 1.5]).run()
+    assert computed(report) == [True, False, False, True] and report.each[1].predicted_error is None
+    gaps = [STEPS[n].gap for n in (1, 2)]
+    missed = (gaps[0] / 6 + gaps[1] / 3) / 1.5      # from 1 to 1.5 in three steps, and 1 stood in
+    handed_on = sum(HANDED_ON * NOT_LOOKED_BACK * STEPS[n].noise ** FALLS * STEPS[n].gap for n in (1, 2)) / sum(gaps)
+    assert report.estimated_error == pytest.approx(handed_on * missed * 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_an_output_that_is_not_a_number_leaves_an_error_that_cannot_be_told(wrong):
+    values = [*VALUES[:3], VALUES[3] * wrong, *VALUES[4:]]
+    report = Bench(Every(), values).run()
+    assert report.estimated_error is None and "estimated error" not in report.line() and not all(computed(report))
+
+
+def test_from_where_it_no_longer_looks_back_more_of_an_error_is_expected_to_stay():
+    cache = Bench(Every(), VALUES, LookBack(SOLVERS["euler"], SIGMAS)).cache
+    before = cache.budget.handed_on
+    for _ in range(2):
+        cache.look_back_no_more()
+        assert cache.budget.handed_on == before * NOT_LOOKED_BACK and cache.look_back is None
+    without = Bench(Every(), VALUES).cache
+    without.look_back_no_more()
+    assert without.budget.handed_on == before * NOT_LOOKED_BACK
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.integers(2, 18), st.floats(0, 0.2))
+def test_at_no_decision_does_a_larger_tolerance_skip_less(one, other, n, error):
+    low, high = sorted((one, other))
+    bench = Bench(ErrorControl(low), VALUES)
+    cache = bench.cache
+    for sigma in SIGMAS[:2]:
+        cache.begin(bench.clock.tick(sigma))
+        cache.learn(ROW, VALUES[0])
+        cache.ran(1, 1.0)
+        cache.weigh(torch.zeros(1, 4) + 2, torch.ones(1, 4))
+        cache.finish()
+    cache.hindcast.rate = {Hold(): error / (n - 1)}
+    decisions = []
+    for tolerance in (0.0, low, high):
+        cache.policy = ErrorControl(tolerance)
+        cache.begin(replace(STEPS[n], evaluation=2))
+        decisions.append(cache.skips())
+    assert decisions == sorted(decisions) and not decisions[0]
