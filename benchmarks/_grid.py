@@ -6,7 +6,6 @@ picture at a time. The reference is the host's full run of the same pictures, sa
 """
 import ast
 import hashlib
-import logging
 import math
 import statistics
 import time
@@ -26,8 +25,6 @@ from ._rows import identity
 from ._subjects import CHOOSE, SAMPLERS, SCORE, SEEDS, SUBJECTS, Pictures
 from pack.compare import metrics
 from pack.core.families import family_of
-
-log = logging.getLogger("benchmarks")
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, CFGS = (20, 28, 50), (1.0, 3.5)
@@ -159,7 +156,7 @@ class Bench:
         computed = evaluations
         if method.own:
             if reports[0].state == "off":
-                log.warning("%s, %s: %s", self.cell.name, method.name, reports[0].reason)
+                _methods.warn(f"{self.subject.name}: {reports[0].reason}")
                 return None
             evaluations, computed = [report.evaluations for report in reports], [report.computed for report in reports]
         row = heading(self.cell, method) | {
