@@ -1,5 +1,5 @@
 """The pictures that step caching is measured on: which model, which captions, which noise, and how far two results are apart."""
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +9,12 @@ import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 from torch import Tensor
 
+from pack.compare import metrics
 from testbed import captions, procedural
 from testbed.nodes.patch_vae import PatchVAE
 from testbed.nodes.text import encode
 
 MODELS = Path(__file__).resolve().parent.parent / "testbed" / "models"
-EXACT = 120.0    # dB, for pictures that are equal
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,22 @@ SUBJECTS = (
 VAE = PatchVAE()
 
 
+def conditions(captions: Sequence[str]) -> tuple[list, list]:
+    """Positive and negative, one entry each, with a row per caption; the negative is what the models were trained on as "no caption"."""
+    tokens, pooled = (torch.cat(parts) for parts in zip(*map(encode, captions), strict=True))
+    return ([[tokens, {"pooled_output": pooled, "guidance": 3.5}]],
+            [[torch.zeros_like(tokens), {"pooled_output": torch.zeros_like(pooled), "guidance": 3.5}]])
+
+
 def sample(patcher, caption: str, noise: Tensor, steps: int, cfg: float, sampler: str) -> Tensor:
-    tokens, pooled = encode(caption)
-    positive = [[tokens, {"pooled_output": pooled, "guidance": 3.5}]]
-    negative = [[torch.zeros_like(tokens), {"pooled_output": torch.zeros_like(pooled), "guidance": 3.5}]]
+    return sample_under(patcher, conditions([caption]), noise, steps, cfg, sampler)
+
+
+def sample_under(patcher, conds: tuple[list, list], noise: Tensor, steps: int, cfg: float, sampler: str) -> Tensor:
     with torch.inference_mode():
-        return comfy.sample.sample(patcher, noise, steps, cfg, sampler, "simple", positive, negative, torch.zeros_like(noise), disable_pbar=True, seed=1)
+        return comfy.sample.sample(patcher, noise, steps, cfg, sampler, "simple", *conds, torch.zeros_like(noise), disable_pbar=True, seed=1)
 
 
 def psnr(latent: Tensor, reference: Tensor) -> float:
     """dB between the decoded, clamped pictures, peak 1."""
-    error = (VAE.decode(latent) - VAE.decode(reference)).square().mean().item()
-    return EXACT if error < 1e-12 else -10 * math.log10(error)
+    return metrics.psnr(VAE.decode(latent), VAE.decode(reference))

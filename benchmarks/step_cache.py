@@ -1,10 +1,19 @@
-"""Step Cache against plain sampling with as many evaluations.
+"""Step Cache against plain sampling and every other rule, at equal evaluations.
+
+    python3 dev.py bench step-cache              the whole grid, hours -> results/step-cache.json, .md and .png; a stopped one goes on
+        --models flux,zimage,wan  --cells 'flux/euler/28/*' [...]  --methods 'error control,mask'    a part of it
+        --threads 2                              so many processes of one thread each
+        --quick                                  a small part in less than 3 minutes -> results/quick/
+    python3 dev.py bench step-cache --verdict    what the rows that are there say of the promises
+    python3 dev.py bench step-cache --peers      error control on the pictures of the peers' table -> results/peers.json
+    python3 dev.py bench step-cache --engine     what the engine itself costs, CPU -> results/engine.json
+    python3 dev.py bench step-cache --gpu        the same at the size of FLUX.1-dev, random weights, CUDA -> results/engine-gpu.json
 
     python3 dev.py bench step-cache --first      the default settings on every model of the test bed -> results/first.json
     python3 dev.py bench step-cache --presets    safe, balanced and fast, cfg 1 and 3 -> results/presets.json
     python3 dev.py bench step-cache --wall       seconds on a seeded 13.5 M model at 256 px -> results/wall.json
 
-evaluations: blocks computed / blocks of a full evaluation, summed over the run. PSNR is against the full run of the same
+In the last three, evaluations: blocks computed / blocks of a full evaluation, summed over the run. PSNR is against the full run of the same
 length, the mean over 8 captions x 2 seeds, each sampled by itself. Plain sampling takes, picture by picture, as many steps
 as the cache took evaluations, rounded up.
 """
@@ -13,14 +22,19 @@ import json
 import logging
 import math
 import statistics
+import sys
 import time
 from pathlib import Path
 
 from testbed import inprocess
 
-inprocess.start()
-from benchmarks._pictures import SUBJECTS, psnr, sample  # noqa: I001 - the host must be on the path first
+ON_A_GPU = {"--gpu", "--first", "--presets", "--wall"}    # all else is measured on the CPU, wherever it runs
+inprocess.start(cpu=not ON_A_GPU.intersection(sys.argv))
+from benchmarks import _campaign, _engine, _grid, _verdict, _workers  # noqa: I001 - the host must be on the path first
+from benchmarks._pictures import SUBJECTS, psnr, sample
+from benchmarks._rows import Rows
 
+import torch
 from pack.core.attach import attach_step_cache
 from pack.core.presets import preset_settings
 
@@ -87,20 +101,100 @@ def shown(row: dict) -> dict:
     return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    which = parser.add_mutually_exclusive_group(required=True)
-    for table in (first, presets, wall):
-        which.add_argument(f"--{table.__name__}", dest="table", action="store_const", const=table)
-    table = parser.parse_args().table
-    logging.getLogger().setLevel(logging.ERROR)
-    rows = table()
-    path, text = RESULTS / f"{table.__name__}.json", json.dumps(rows, indent=2) + "\n"
+def grid(options) -> bool:
+    """The table, or a part of it; whether every promise holds."""
+    folder = RESULTS / "quick" if options.quick else RESULTS
+    rows = Rows(folder / "step-cache.json")
+    if options.quick:
+        cells = _grid.quick_cells(options.models)
+    else:
+        cells = _grid.cells(options.models, options.cells) + _grid.alone_cells(options.models, options.cells)
+    if not cells:
+        raise SystemExit(f"no cell of the grid is called {' or '.join(options.cells)}; a name is model/sampler/steps/cfg, for example flux/euler/28/1")
+    _campaign.fill(rows, cells, options.threads, options.quick, options.methods)
+    findings = _campaign.publish(rows, folder)
+    print(*findings, f"written to {folder}: step-cache.json, step-cache.md, step-cache.png", sep="\n")
+    return all(finding.kept for finding in findings)
+
+
+def verdict(options) -> bool:
+    rows = Rows(RESULTS / "step-cache.json")
+    if stale := _campaign.stale_rows(rows):
+        print(f"{stale} of {len(rows)} rows were made by another core/, model or format")
+    findings = [*_verdict.verdict(rows), *_verdict.peers(Rows(RESULTS / "peers.json")), *_verdict.engine(written("engine.json"))]
+    print(*findings, sep="\n")
+    return all(finding.kept for finding in findings)
+
+
+def peers(options) -> bool:
+    rows = Rows(RESULTS / "peers.json")
+    _campaign.fill(rows, _grid.peer_cells(), options.threads, only=["error control"])
+    findings = _verdict.peers(rows)
+    print(*findings, f"written to {rows.path}", sep="\n")
+    return all(finding.kept for finding in findings)
+
+
+def engine(options) -> bool:
+    rows = _engine.on_cpu()
+    write("engine", rows)
+    findings = _verdict.engine(rows)
+    print(*findings, sep="\n")
+    return all(finding.kept for finding in findings)
+
+
+def gpu(options) -> None:
+    write("engine-gpu", _engine.on_gpu())
+
+
+def worker(options) -> None:
+    _workers.serve(_grid.answer)
+
+
+def written(name: str) -> list[dict]:
+    return json.loads((RESULTS / name).read_text()) if (RESULTS / name).is_file() else []
+
+
+def write(stem: str, rows: list[dict]) -> None:
+    path, text = RESULTS / f"{stem}.json", json.dumps(rows, indent=2) + "\n"
     try:
         path.write_text(text)
         print(f"written to {path}")
     except OSError as error:
         print(f"{text}{path} cannot be written ({error.strerror}); the rows stand above")
+
+
+def names(known):
+    """A type for argparse: names of `known`, separated by commas."""
+    def parse(text: str) -> list[str]:
+        chosen = text.split(",")
+        if unknown := [name for name in chosen if name not in known]:
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+        return chosen
+    return parse
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group()
+    for table in (first, presets, wall):
+        which.add_argument(f"--{table.__name__}", dest="table", action="store_const", const=table)
+    for command in (verdict, peers, engine, gpu):
+        which.add_argument(f"--{command.__name__}", dest="command", action="store_const", const=command)
+    which.add_argument("--worker", dest="command", action="store_const", const=worker, help=argparse.SUPPRESS)
+    which.add_argument("--quick", action="store_true", help="a small part of the grid, less than 3 minutes")
+    parser.add_argument("--models", type=names(list(_grid.SUBJECTS)), default=list(_grid.SUBJECTS), metavar="A,B", help=f"of {', '.join(_grid.SUBJECTS)}")
+    parser.add_argument("--cells", nargs="+", metavar="PATTERN", help="cells of the grid by name, model/sampler/steps/cfg; * stands for anything")
+    parser.add_argument("--methods", type=lambda text: text.split(","), metavar="A,B", help="methods by name")
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="processes of one thread each (2)")
+    options = parser.parse_args()
+    logging.getLogger().setLevel(logging.ERROR)
+    logging.getLogger("benchmarks").setLevel(logging.WARNING)
+    if options.command in (None, peers, worker):
+        torch.set_num_threads(1)
+    if options.table:
+        write(options.table.__name__, options.table())
+    else:
+        (options.command or grid)(options)
 
 
 if __name__ == "__main__":

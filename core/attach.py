@@ -7,16 +7,18 @@ import inspect
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import comfy.model_patcher
 import comfy.model_sampling
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy_execution.utils import get_executing_context
 
 from .families import FAMILIES, family_of
 from .report import Report
 from .run import Run, Settings
+from .runs import Runs
 from .stepcache.governor import stand_down
 from .stepcache.levels import Blocks, Call, ModelOutput, Seam, UnetEncoder
 from .store import Row
@@ -32,10 +34,16 @@ GUIDANCE_HOOKS = ("sampler_pre_cfg_function", "sampler_post_cfg_function")
 
 @dataclass(frozen=True)
 class Attachment:
-    """What rides on the model: settings, and whom to tell how it went."""
+    """What rides on the model: settings, whom to tell how it went, and how it went."""
 
     settings: Settings
     notify: Callable[[Report], None]
+    runs: Runs = field(default_factory=Runs)
+
+    def tell(self, report: Report) -> None:
+        log.info(report.line())
+        self.runs.add(report, get_executing_context())
+        self.notify(report)
 
 
 def attach_step_cache(model, settings: Settings, notify: Callable[[Report], None] = lambda report: None):
@@ -48,6 +56,12 @@ def attach_step_cache(model, settings: Settings, notify: Callable[[Report], None
     return clone
 
 
+def runs_on(model) -> Runs | None:
+    """The runs that ended on this model and its clones; None where no step cache is on it."""
+    attachment = model.model_options.get("transformer_options", {}).get(KEY)
+    return None if attachment is None else attachment.runs
+
+
 def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
     guider = executor.class_obj
     attachment = guider.model_options.get("transformer_options", {}).get(KEY)
@@ -55,8 +69,7 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     run, report = open_run(attachment.settings, guider, sampler, sigmas)
     if run is None:
-        log.info(report.line())
-        attachment.notify(report)
+        attachment.tell(report)
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     options = guider.model_options
     guider.model_options = comfy.model_patcher.create_model_options_clone(options)
@@ -71,8 +84,7 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs
         report = run.close()
         if not ended:
             report.add_reason("the run was cut short")
-        log.info(report.line())
-        attachment.notify(report)
+        attachment.tell(report)
 
 
 def open_run(settings: Settings, guider, sampler, sigmas) -> tuple[Run | None, Report]:
@@ -91,7 +103,9 @@ def open_run(settings: Settings, guider, sampler, sigmas) -> tuple[Run | None, R
     schedule = sigmas.tolist()
     start, end = (float(space.percent_to_sigma(percent)) for percent in (settings.start_percent, settings.end_percent))
     flow = isinstance(space, comfy.model_sampling.CONST)
-    run = Run(settings, family, schedule, flow, name, math.inf if settings.start_percent <= 0 else start, end if settings.end_percent < 1 else 0.0)
+    plain = not getattr(sampler, "extra_options", {}).get("s_churn", 0.0)
+    run = Run(settings, family, schedule, flow, name, math.inf if settings.start_percent <= 0 else start, end if settings.end_percent < 1 else 0.0,
+              plain, float(getattr(guider, "cfg", 1.0)))
     return run, run.report
 
 
@@ -113,6 +127,7 @@ def predict_noise(executor, x, timestep, model_options=None, seed=None):
         denoised = run.level.evaluate(run.cache, call, lambda: executor(x, timestep, model_options, seed))
     else:
         denoised = executor(x, timestep, model_options, seed)
+    run.cache.weigh(x, denoised)
     run.finish()
     return denoised
 

@@ -9,8 +9,8 @@ class Evaluation:
     sigma: float
     computed: bool
     share: float                          # blocks computed / blocks of a full evaluation; those of a UNet count by multiply-adds
-    predicted_error: float | None = None  # expected of a skip here, taken or not; relative, times the step's width
-    hindcast_error: float | None = None   # measured at a computed evaluation: what the skip would have been wrong by; same unit
+    predicted_error: float | None = None  # what a skip here, taken or not, is expected to add to the relative L2 error of the final latent
+    hindcast_error: float | None = None   # measured at a computed evaluation: what the skip would have added; same unit
     ms: float = 0.0
     why: str = ""
 
@@ -35,6 +35,7 @@ class Report:
     settings: dict = field(default_factory=dict)
     seconds: float = 0.0
     cache_bytes: int = 0
+    estimated_error: float | None = None    # relative L2 error of the final latent against the full run; None without a skip
     each: list[Evaluation] = field(default_factory=list)
 
     @property
@@ -65,13 +66,12 @@ class Report:
         total, skipped = len(self.each), len(self.each) - self.computed
         share = f" ({total / self.evaluations:.2f}x fewer)" if skipped and self.evaluations else ""
         text = f"Step Cache: {self.evaluations:.4g} of {total} evaluations{share}, {self.computed} computed, {skipped} skipped"
-        expected = [e.predicted_error for e in self.each if not e.computed and e.predicted_error is not None]
-        if expected:
-            text += f", expected error {median(expected):.1%} per skip"
+        if self.estimated_error is not None:
+            text += f", estimated error {self.estimated_error:.1%} of the latent"
         checked = [e for e in self.each if e.hindcast_error is not None and e.predicted_error is not None]
-        if expected and checked:
+        if self.estimated_error is not None and checked:
             told, found = median(e.predicted_error for e in checked), median(e.hindcast_error for e in checked)
             worst = max(e.hindcast_error for e in checked)
-            text += f" (checked at {len(checked)} computed steps: expected {told:.1%}, measured {found:.1%}, at worst {worst:.1%})"
+            text += f" (a skip, checked at {len(checked)} computed steps: expected {told:.1%}, measured {found:.1%}, at worst {worst:.1%})"
         text += f", {self.seconds:.2f} s"
         return text + (f" ({self.reason})" if self.reason else "")

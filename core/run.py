@@ -8,12 +8,16 @@ from .knob import settings as knob_settings
 from .report import Report
 from .step import Clock
 from .stepcache.cache import StepCache
+from .stepcache.corrections import Correction, NoCorrection
 from .stepcache.governor import DETERMINISTIC, Governor
-from .stepcache.levels import GuidedOutput, Level
+from .stepcache.levels import GuidedOutput, Level, Seam
+from .stepcache.look_back import LookBack
 from .stepcache.policies import Policy
 from .stepcache.predictors import Predictor
 from .stepcache.predictors.divided_differences import DividedDifferences
 from .stepcache.predictors.hold import Hold
+from .stepcache.signal import MODEL_INPUT, signal_of
+from .stepcache.solvers import SOLVERS
 from .store import Row
 
 
@@ -28,15 +32,19 @@ class Settings:
     end_percent: float = 1.0
     max_consecutive_skips: int = 4
     preset: str = "custom"
+    correction: Correction = NoCorrection()
 
     def __post_init__(self):
         level = self.level.resolve(self.policy)
         if self.policy.needs_forward and not level.gates:
             raise ValueError(f"policy '{self.policy.name}' must see the first blocks run, and level '{level.name}' runs none before it decides; "
                              "choose level 'block range' or 'automatic'")
+        if signal_of(self.policy) == MODEL_INPUT and level.seam is Seam.NETWORK:
+            raise ValueError(f"policy '{self.policy.name}' must see the model's input and output, and level '{level.name}' works inside the model; "
+                             "choose level 'guided output', 'model output' or 'automatic'")
 
     def as_dict(self) -> dict:
-        entries = (("policy", self.policy), ("predictor", self.predictor), ("level", self.level))
+        entries = (("policy", self.policy), ("predictor", self.predictor), ("level", self.level), ("correction", self.correction))
         return {
             "preset": self.preset, **{kind: {"name": entry.name, **knob_settings(entry)} for kind, entry in entries},
             "start_percent": self.start_percent, "end_percent": self.end_percent, "max_consecutive_skips": self.max_consecutive_skips,
@@ -46,11 +54,13 @@ class Settings:
 class Run:
     """Opened and closed around the host's outer sampling call; lives in that call's model options only."""
 
-    def __init__(self, settings: Settings, family: Family, sigmas: list[float], flow: bool, sampler: str, start_sigma: float, end_sigma: float):
+    def __init__(self, settings: Settings, family: Family, sigmas: list[float], flow: bool, sampler: str, start_sigma: float, end_sigma: float,
+                 plain: bool = True, guidance: float = 1.0):
+        """`plain` says that the sampler runs without churn, which would put noise between two steps; `guidance` is the CFG scale."""
         self.family, self.level = family, settings.level.resolve(settings.policy)
         self.clock = Clock(sigmas, flow)
         steady = sampler in DETERMINISTIC
-        candidates = [c for c in settings.predictor.candidates() if steady or c.history <= 2] or [Hold(), DividedDifferences(1)]
+        candidates = [c for c in settings.predictor.candidates() if steady or c.depth <= 2] or [Hold(), DividedDifferences(1)]
         self.report = Report(
             model=family.name, sampler=sampler, steps=self.clock.steps, policy=settings.policy.name, predictor=settings.predictor.name,
             level=self.level.name, settings=settings.as_dict())
@@ -62,8 +72,12 @@ class Run:
                 self.report.add_reason(f"policy '{settings.policy.name}' cannot see its first blocks there, so everything is computed")
         if not steady:
             self.report.add_reason(f"{sampler} may add noise or build errors up, so at most one skip in a row")
+        solver = SOLVERS.get(sampler) if getattr(self.level, "look_back", False) and plain else None
         governor = Governor(start_sigma, end_sigma, settings.max_consecutive_skips if steady else min(settings.max_consecutive_skips, 1))
-        self.cache = StepCache(settings.policy, candidates, governor, self.report)
+        self.cache = StepCache(settings.policy, candidates, governor, self.report, settings.correction.start(), solver and LookBack(solver, sigmas), guidance)
+        refuses = getattr(settings.policy, "refuses", None)
+        if refuses is not None and (why := refuses(family.name, self.clock.steps, sampler)):
+            self.cache.give_up(f"{why}, so everything is computed")
         self.begun: float | None = None     # when the first evaluation began; models were loaded before
         self.ordinals: Counter = Counter()
         self.ordinal: int | None = None     # none outside an evaluation, and before the host comes to its conditions
@@ -85,6 +99,7 @@ class Run:
         """Go on at a safer level, from an empty history."""
         self.level, self.report.level = level, level.name
         self.report.add_reason(why)
+        self.cache.look_back_no_more()
         self.cache.forget()
 
     def finish(self) -> None:

@@ -15,7 +15,8 @@ class Step:
     steps: int        # steps of the schedule
     sigma: float
     log_snr: float
-    width: float      # how far an error of this step moves the picture: for a flow the sigma that it covers, relative to the mean
+    gap: float        # the sigma that this step covers, as a flow has it
+    noise: float      # the share of noise in x, 0 to 1
     rises: bool = False   # sigma is above that of the evaluation before: a restart
 
     @property
@@ -34,14 +35,12 @@ class Clock:
     sigmas: the schedule, falling, last one usually 0. `flow` tells rectified flow (x = (1 - sigma) x0 + sigma eps)
     from the variance-exploding form (x = x0 + sigma eps), the host's for SD 1.5 and SDXL whatever they predict. The
     second is the first at t = sigma / (1 + sigma), with latents 1 + sigma times as large, so an error e of its derivative
-    is one of (1 + sigma) e there and moves the picture by (1 + sigma) e dt = e dsigma / (1 + sigma).
+    is one of (1 + sigma) e there and moves x by (1 + sigma) e dt = e dsigma / (1 + sigma) = e dlog(1 + sigma).
     """
 
     def __init__(self, sigmas: list[float], flow: bool):
         self.sigmas, self.flow = [float(s) for s in sigmas], flow
         self.steps = len(self.sigmas) - 1
-        first, last = (s if flow else s / (1 + s) for s in (self.sigmas[0], self.sigmas[-1]))
-        self.mean_width = max((first - last) / max(self.steps, 1), 1e-9)
         self.evaluations, self.before = 0, None
 
     def tick(self, sigma: float) -> Step:
@@ -49,15 +48,14 @@ class Clock:
         index = min(int(place + CLOSE), self.steps - 1)
         step = Step(
             evaluation=self.evaluations, place=place, steps=self.steps, sigma=sigma, log_snr=self.log_snr(sigma),
-            width=self.width(self.sigmas[index], self.sigmas[index + 1]),
+            gap=abs(self.way(self.sigmas[index]) - self.way(self.sigmas[index + 1])), noise=sigma if self.flow else sigma / (1 + sigma),
             rises=self.before is not None and sigma > self.before * (1 + CLOSE),
         )
         self.evaluations, self.before = self.evaluations + 1, sigma
         return step
 
-    def width(self, above: float, below: float) -> float:
-        way = above - below if self.flow else math.log1p(above) - math.log1p(below)
-        return abs(way) / self.mean_width
+    def way(self, sigma: float) -> float:
+        return sigma if self.flow else math.log1p(sigma)
 
     def place(self, sigma: float) -> float:
         falling = [-s for s in self.sigmas]

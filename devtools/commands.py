@@ -58,7 +58,8 @@ def bench(arguments: list[str]) -> int:
 
 def train(arguments: list[str]) -> int:
     env = environment()
-    return run([env.python, "-m", "testbed.train", *arguments, "--emoji", emoji()], cwd=ROOT, env=env.variables())
+    pictures = [] if "zimage-drawn" in arguments else ["--emoji", emoji()]
+    return run([env.python, "-m", "testbed.train", *arguments, *pictures], cwd=ROOT, env=env.variables())
 
 
 COMMANDS = {command.__name__: command for command in (demo, test, serve, bench, train)}

@@ -8,6 +8,8 @@ log = logging.getLogger("reprise")
 
 GROUPS = (
     "step_cache",
+    "run_report",
+    "compare_runs",
 )
 
 

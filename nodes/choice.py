@@ -15,6 +15,8 @@ def widget(field):
     common = {"default": field.default, "tooltip": told["help"], "optional": True}
     if told["choices"]:
         return io.Combo.Input(field.name, options=list(told["choices"]), **common)
+    if told["wrong"]:
+        return io.String.Input(field.name, **common)
     if isinstance(field.default, bool):
         return io.Boolean.Input(field.name, **common)
     kind = io.Int if isinstance(field.default, int) else io.Float

@@ -12,10 +12,16 @@ def notifier(node_id: str | None):
         report.node_id = node_id
         server = running_server()
         if server is not None:
-            if node_id is not None:
-                server.send_progress_text(report.line(), node_id, server.client_id)
+            show(report.line(), node_id)
             server.send_sync(EVENT, report.as_dict(), server.client_id)
     return notify
+
+
+def show(text: str, node_id: str | None) -> None:
+    """Text under the node, where a server runs and the node is one of a graph."""
+    server = running_server()
+    if server is not None and node_id is not None:
+        server.send_progress_text(text, node_id, server.client_id)
 
 
 def running_server():

@@ -24,6 +24,7 @@ class Outcome:
     """What came of one prompt."""
 
     images: list[Image.Image] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)  # what nodes show as text, by node
     reports: list[dict] = field(default_factory=list)  # one record for each sampling run that Reprise saw
     sampling: float = 0.0  # seconds that sampler nodes were executing
 
@@ -81,7 +82,10 @@ class Server:
             elif kind == "execution_interrupted":
                 raise ServerError("the run was interrupted")
             elif kind == "executed":
-                images += data["output"].get("images", []) if data["output"] else []
+                output = data["output"] or {}
+                images += output.get("images", [])
+                if "text" in output:
+                    outcome.texts[data["node"]] = "".join(output["text"])
             elif kind == "executing":
                 if sampling_since is not None:
                     outcome.sampling += time.perf_counter() - sampling_since

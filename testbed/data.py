@@ -55,6 +55,16 @@ class Emoji:
         return torch.nn.functional.interpolate(colour * alpha + ground * (1 - alpha), size=(px, px), mode="area")
 
 
+class Drawn:
+    """Batches of the procedural set alone."""
+
+    def __init__(self, px: int):
+        self.px = px
+
+    def batch(self, n: int, g: Generator) -> tuple[Tensor, list[str]]:
+        return procedural.batch(n, self.px, g)
+
+
 class Mixture:
     """Batches of pictures and captions: the judged captions, the other emoji, and the procedural set."""
 

@@ -3,8 +3,8 @@
     python -m testbed.demo --server http://127.0.0.1:8188 --out demo-output --workflows workflows
 
 Each graph runs twice; the first run warms up, the second is timed and must give the same picture. `seconds` in
-report.json is how long the sampler node was executing. `psnr_db` compares the two pictures in 8-bit RGB; it is
-null, and `identical` true, when no pixel differs.
+report.json is how long the sampler node was executing. `psnr_db` and `ssim` compare the two pictures in 8-bit RGB;
+`psnr_db` is null, and `identical` true, when no pixel differs. They are measured as the node Compare Runs does it.
 """
 import argparse
 import json
@@ -15,11 +15,11 @@ from pathlib import Path
 from PIL import Image
 
 from .client import Outcome, Server, ServerError
-from .picture import captioned, column, difference, enlarged, framed, psnr, row
+from .picture import SHOWN, column, difference, enlarged, framed, image_of, psnr, side_by_side, ssim, tensor_of
 from .workflow import OURS, WorkflowError, nodes_of, read_workflow, without_reprise
 
 ROOT = Path(__file__).resolve().parent.parent
-SHOWN = 384  # pixels that a picture on a sheet has at least
+GAIN = 32
 
 
 def main():
@@ -86,7 +86,8 @@ def compare(server: Server, file: Path, object_info: dict) -> tuple[dict, Image.
     report = cached.reports[0]
     if report["state"] != "ran":
         raise WorkflowError(f"Reprise stayed off in '{file.name}': {report['reason']}")
-    quality = psnr(without.images[0], cached.images[0])
+    full, fewer = (tensor_of(outcome.images[0]) for outcome in (without, cached))
+    identical, similarity = full.equal(fewer), ssim(full, fewer)
     return {
         "workflow": file.stem,
         "model": nodes_of(prompt, "UNETLoader")[0]["inputs"]["unet_name"],
@@ -97,8 +98,9 @@ def compare(server: Server, file: Path, object_info: dict) -> tuple[dict, Image.
         "skipped_steps": report["skipped_steps"],
         "seconds": round(cached.sampling, 3),
         "baseline_seconds": round(without.sampling, 3),
-        "psnr_db": None if quality is None else round(quality, 2),
-        "identical": quality is None,
+        "psnr_db": None if identical else round(psnr(full, fewer), 2),
+        "ssim": None if similarity is None else round(similarity, 5),
+        "identical": identical,
         "settings": report["settings"],
     }, without.images[0], cached.images[0]
 
@@ -115,13 +117,12 @@ def timed(server: Server, prompt: dict) -> Outcome:
 
 def strip(measured: dict, without: Image.Image, cached: Image.Image) -> Image.Image:
     quality = "identical" if measured["identical"] else f"{measured['psnr_db']:.1f} dB"
-    return row([
-        captioned(enlarged(without, SHOWN), f"{measured['workflow']}: without\n"
-                  f"{measured['steps']} steps, {measured['baseline_evaluations']:g} evaluations, {measured['baseline_seconds']:.2f} s"),
-        captioned(enlarged(cached, SHOWN), f"with Reprise: {quality}\n"
-                  f"{measured['steps']} steps, {measured['evaluations']:.2f} evaluations, {measured['seconds']:.2f} s"),
-        captioned(enlarged(difference(without, cached), SHOWN), "difference x 32\n" + measured["model"]),
-    ])
+    apart = image_of(difference(tensor_of(without), tensor_of(cached), GAIN))
+    return side_by_side(without, cached, apart, (
+        f"{measured['workflow']}: without\n"
+        f"{measured['steps']} steps, {measured['baseline_evaluations']:g} evaluations, {measured['baseline_seconds']:.2f} s",
+        f"with Reprise: {quality}\n{measured['steps']} steps, {measured['evaluations']:.2f} evaluations, {measured['seconds']:.2f} s",
+        f"difference x {GAIN}\n{measured['model']}"))
 
 
 def print_table(rows: list[dict]):

@@ -6,13 +6,20 @@ from collections import deque
 from torch import Tensor
 
 from ...kernels.combine import combine
+from ...kernels.drift import sampled
 from ..report import Evaluation, Report
 from ..step import Step
 from ..store import SAME_PLACE, Row, Snapshot, Store
+from .corrections import Correcting, Guess
+from .error_budget import NOT_LOOKED_BACK, ErrorBudget
 from .governor import Governor
-from .hindcast import Hindcast, relative_error, sampled
+from .hindcast import Hindcast, dot_products
+from .look_back import LookBack
 from .policies import Policy, View
+from .predictors import Gram, Predictor
+from .predictors.base import ahead, weighed
 from .predictors.hold import Hold
+from .signal import MODEL_INPUT, NOTHING, OUTPUT, Watch, signal_of
 
 
 class StepCache:
@@ -21,26 +28,26 @@ class StepCache:
     begin(step) ... the level calls `skips`, `predict`, `learn` and `ran` ... finish(), or nothing after an exception.
     """
 
-    def __init__(self, policy: Policy, candidates, governor: Governor, report: Report):
+    def __init__(self, policy: Policy, candidates, governor: Governor, report: Report, correcting: Correcting | None = None,
+                 look_back: LookBack | None = None, guidance: float = 1.0):
         self.policy, self.governor, self.report = policy, governor, report
-        self.hindcast = Hindcast(candidates)
-        depth = max(candidate.history for candidate in self.hindcast.candidates)
+        self.hindcast, self.correcting = Hindcast(candidates), correcting
+        depth = max(candidate.depth for candidate in self.hindcast.candidates)
         self.store = Store(depth)
+        self.grams: dict[Row, tuple[list[int], Gram]] = {}     # dot products of a row's snapshots, and whose they are
         self.computed: deque[Step] = deque(maxlen=depth)
         self.notes: dict = {}                # what a level remembers of the network over the run; no tensors
         self.lock = threading.Lock()         # the host may evaluate conditions in several threads, one per GPU
-        self.skipped_in_a_row, self.owed = 0, 0.0
+        self.skipped_in_a_row, self.look_back, self.budget = 0, look_back, ErrorBudget(guidance, look_back is not None)
         self.broken = ""                     # why everything is computed from here on
         self.restart = ""                    # why the history begins anew at the next evaluation
-        # first blocks' residual of the gate's row, and that row: at the last computed step, and now
-        self.signal: tuple[Row | None, Tensor] | None = None
-        self.fresh_signal: tuple[Row | None, Tensor] | None = None
+        self.watch = Watch(signal_of(policy))
         # the evaluation under way
         self.step: Step | None = None
         self.begun = 0.0
         self.shares: list[float] = []
         self.seen: set[Row] = set()
-        self.best, self.expected = None, None
+        self.best, self.error, self.expected = None, None, None     # error of the best one in d, expected in the final latent
         self.why = ""
         self.decision: bool | None = None
 
@@ -49,31 +56,29 @@ class StepCache:
         if step.rises:
             self.forget("sigma rises")
         self.step, self.begun = step, time.perf_counter()
-        self.shares, self.seen, self.fresh_signal, self.decision = [], set(), None, None
-        self.best, expected = self.hindcast.choose(tuple(self.computed), step)
-        self.expected = None if expected is None else expected * step.width
+        self.watch.begin(step)
+        self.shares, self.seen, self.decision = [], set(), None
+        self.best, self.error = self.hindcast.choose(tuple(self.computed), step)
+        self.expected = self.budget.share(step, self.error)
         self.why = self.broken or self.restart or self.governor.must_compute(step, tuple(self.computed), self.skipped_in_a_row)
         self.restart = ""
-        if self.why or not self.policy.needs_forward:
-            self.decide(None)
+        if self.why or self.watch.signal in (NOTHING, OUTPUT):
+            self.decide()
 
-    def decide(self, drift: float | None) -> None:
-        view = View(self.step, tuple(self.computed), self.expected, self.owed, drift)
+    def decide(self) -> None:
+        view = View(self.step, tuple(self.computed), self.expected, self.budget.owed, self.skipped_in_a_row, self.report.model, self.watch)
         self.decision = not self.why and self.best is not None and self.policy.skip(view)
 
-    def skips(self, signal: Tensor | None = None, row: Row | None = None) -> bool:
+    def skips(self, signal: Tensor | None = None, row: Row | None = None, x: Tensor | None = None) -> bool:
         """Whether this evaluation is a skip.
 
-        A policy that needs a forward decides on the first call, from `signal`, the first blocks' residual of `row`,
-        which the host runs first; every later call of the evaluation obeys.
+        A policy that watches something decides on the first call, from what it is shown of `row`, which the host runs
+        first: a `signal` from inside the model, or the model's input `x`. Every later call of the evaluation obeys.
         """
         with self.lock:
-            if self.fresh_signal is None and signal is not None and self.policy.needs_forward:
-                self.fresh_signal = (row, signal.clone())
+            self.watch.see(row, x if self.watch.signal == MODEL_INPUT else signal)
             if self.decision is None:
-                before, known = self.signal, self.signal is not None and signal is not None
-                known = known and before[0] == row and before[1].shape == signal.shape and before[1].device == signal.device
-                self.decide(relative_error(sampled(signal), sampled(before[1])).item() if known else None)
+                self.decide()
             return self.decision
 
     def finish(self) -> None:
@@ -81,17 +86,20 @@ class StepCache:
         step = self.step
         share = sum(self.shares) / len(self.shares) if self.shares else 1.0     # calls that no level understood were computed
         skipped = bool(self.decision) and share < 1                             # so were rows without a history
-        self.hindcast.last = None
+        measured = None
         if skipped:
             self.skipped_in_a_row += 1
-            self.owed += self.expected or 0.0
+            self.budget.skip(step, self.error)
         else:
-            self.hindcast.settle(self.best)
+            scale = self.hindcast.settle(self.best)
+            measured = self.budget.share(step, self.hindcast.last)
+            self.budget.settle(self.hindcast.missed)
+            self.budget.scale = self.budget.scale if scale is None else scale
             while self.computed and abs(self.computed[-1].place - step.place) < SAME_PLACE:
                 self.computed.pop()
             self.computed.append(step)
-            self.skipped_in_a_row, self.owed, self.signal = 0, 0.0, self.fresh_signal
-        measured = None if self.hindcast.last is None else self.hindcast.last * step.width
+            self.skipped_in_a_row = 0
+        self.watch.finish(skipped)
         self.report.each.append(Evaluation(
             sigma=step.sigma, computed=not skipped, share=share, predicted_error=self.expected, hindcast_error=measured,
             ms=1000 * (time.perf_counter() - self.begun), why=self.why))
@@ -118,28 +126,77 @@ class StepCache:
     def predict(self, row: Row, anchor: Tensor | None = None) -> Tensor:
         """What stands in for the row now, a new tensor, `anchor` added. The row must be ready."""
         past = self.store.get(row)
-        used: tuple[Snapshot, ...] = past[-self.best.history:]
-        predictor = self.best if len(used) == self.best.history else self.fallback(len(used))
-        used = past[-predictor.history:]
-        return combine(predictor.weights([s.step for s in used], self.step), [s.value for s in used], anchor)
+        if self.correcting is not None:
+            guess = self.guess(self.able(len(past)), row, past)
+            weights, values = [1.0], [self.correcting.apply(guess).to(guess.value.dtype)]
+        else:
+            used, weights = weighed(self.able(len(past)), past, self.step, self.gram(row, past))
+            values = [s.value for s in used]
+        if row.ordinal == 0:
+            with self.lock:
+                self.hindcast.stood_in.setdefault(row, []).append((self.step, combine(weights, [sampled(value) for value in values])))
+        return combine(weights, values, anchor)
 
-    def fallback(self, snapshots: int):
-        """The highest order for which a row with a shorter history than the others has snapshots enough."""
+    def guess(self, predictor: Predictor, row: Row, past: tuple[Snapshot, ...]) -> Guess:
+        """What a predictor alone says for the row now."""
+        used, weights = weighed(predictor, past, self.step, self.gram(row, past))
+        value = combine(weights, [s.value for s in used])
+        return Guess(row, predictor, self.step, predictor.reach([s.step for s in used], self.step), value, past[-1].value)
+
+    def able(self, snapshots: int) -> Predictor:
+        """The best predictor; for a row with a shorter history than the others, the highest order that has enough."""
+        if self.best is not None and self.best.history <= snapshots:
+            return self.best
         able = [candidate for candidate in self.hindcast.candidates if candidate.history <= snapshots]
         return able[-1] if able else Hold()
+
+    def gram(self, row: Row, past: tuple[Snapshot, ...]) -> Gram | None:
+        """Dot products of a row's snapshots, read back once however many steps they serve; none where nobody asks."""
+        if not self.hindcast.needs_gram:
+            return None
+        known, evaluations = self.grams.get(row), [s.step.evaluation for s in past]
+        if known is None or known[0] != evaluations:
+            known = self.grams[row] = evaluations, dot_products(past)
+        return known[1]
 
     def learn(self, row: Row, value: Tensor) -> None:
         """Keep what was computed for a row; `value` must be the cache's own. Only the main pass is scored."""
         with self.lock:
-            past = self.store.get(row)
-            if row.ordinal == 0 and past and past[-1].value.shape == value.shape and not self.decision:
-                self.hindcast.score(past, self.step, value)
+            self.watch.learn(row, value)
+            past, guesses = self.store.get(row), []
+            if past and past[-1].value.shape == value.shape and not self.decision:
+                if self.correcting is not None and ahead([past[-1].step], self.step) >= SAME_PLACE:
+                    guesses = [self.guess(candidate, row, past) for candidate in self.hindcast.candidates if candidate.history <= len(past)]
+                if row.ordinal == 0:
+                    self.hindcast.measure(row, past, self.step, value)
+                    said = {guess.predictor: self.correcting.apply(guess) for guess in guesses}
+                    self.hindcast.score(past, self.step, value, self.gram(row, past), said)
+            if self.correcting is not None:
+                self.correcting.learn(row, self.step, value, guesses)
             self.store.put(row, self.step, value)
+
+    def handed_out(self, d: Tensor) -> Tensor:
+        """The derivative to hand out where `d` stands in for the whole evaluation."""
+        return d if self.look_back is None else self.look_back.skipped(self.step.place, d)
+
+    def made_up(self, d: Tensor) -> tuple[Tensor, Tensor]:
+        """The derivative to remember and the one to hand out where `d` was computed; both are `d` where nothing is owed."""
+        return (d, d) if self.look_back is None else self.look_back.computed(self.step.place, d)
+
+    def weigh(self, x: Tensor, denoised: Tensor) -> None:
+        """Look at how large d is against the denoised latent, at a computed evaluation."""
+        if not self.decision and self.step.sigma > 0 and x.shape == denoised.shape:
+            self.hindcast.weigh(x, denoised, self.step.sigma)
 
     def ran(self, rows: int, share: float) -> None:
         """`rows` conditions were evaluated with this share of the blocks of a full evaluation."""
         with self.lock:
             self.shares += [share] * rows
+
+    def look_back_no_more(self) -> None:
+        """From here on the end of the run sees more of an error, because computed steps do not make up for it."""
+        if self.look_back is not None:
+            self.look_back, self.budget.handed_on = None, self.budget.handed_on * NOT_LOOKED_BACK
 
     # the run ---------------------------------------------------------------------------------------------------------
     def give_up(self, why: str) -> None:
@@ -152,11 +209,19 @@ class StepCache:
         """Drop the history; `why` is told with the next evaluation."""
         self.restart = why
         self.store.clear()
+        self.grams.clear()
+        if self.correcting is not None:
+            self.correcting.clear()
         self.computed.clear()
-        self.skipped_in_a_row, self.owed, self.signal = 0, 0.0, None
+        self.watch.forget()
+        self.hindcast.forget()
+        if self.look_back is not None:
+            self.look_back.forget()
+        self.budget.settle(None)
+        self.skipped_in_a_row = 0
 
     def close(self) -> None:
-        self.report.cache_bytes = self.store.peak
+        self.report.estimated_error = self.budget.total if len(self.report.each) > self.report.computed else None
+        self.report.cache_bytes = sum(part.peak for part in (self.store, self.watch, self.look_back, self.correcting) if part is not None)
         self.forget()
-        self.fresh_signal = None
-        self.hindcast.waiting.clear()
+        self.watch.close()

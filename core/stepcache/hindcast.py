@@ -3,28 +3,30 @@
     e = mean|H' - H| / mean|H|          c <- (c + e / reach) / 2          expected(t) = c * reach(t)
 """
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from ...kernels.combine import combine
+from ...kernels.combine import combine, combine_error
+from ...kernels.drift import relative_error, sampled
 from ..step import Step
 from ..store import SAME_PLACE, Snapshot
+from .predictors.base import Gram, weighed
+from .predictors.divided_differences import lagrange
 
-AGAIN = "again"   # the name under which a second evaluation at the same sigma is scored
-SAMPLE = 1 << 18  # elements looked at, more than enough for a mean
+# names under which other things than candidates are scored: a second evaluation at the same sigma, the group of skips that
+# a computed step ends, and the size of d against that of the denoised latent
+AGAIN, GROUP, SCALE = "again", "group", "scale"
+FEW = 1 << 14     # enough for the dot products of a few snapshots, which travel to the CPU
+NOTHING: Mapping[object, Tensor] = MappingProxyType({})
 
 
-def sampled(value: Tensor) -> Tensor:
-    """A strided view of at most about SAMPLE elements; the odd stride walks through all channels."""
-    flat = value.reshape(-1)
-    return flat[:: (flat.numel() // SAMPLE) | 1]
-
-
-def relative_error(predicted: Tensor, actual: Tensor) -> Tensor:
-    """0-d, fp32, still on the device."""
-    return (predicted.float() - actual.float()).abs().mean() / actual.float().abs().mean().clamp_min(1e-12)
+def dot_products(past: Sequence[Snapshot]) -> Gram:
+    """<H_i, H_j> of snapshots over the same sample of their elements, in fp64, in one transfer."""
+    seen = torch.stack([sampled(snapshot.value, FEW).float() for snapshot in past]).cpu().double()
+    return (seen @ seen.T).tolist()
 
 
 class Hindcast:
@@ -34,29 +36,63 @@ class Hindcast:
         self.candidates = tuple(candidates)
         self.rate: dict = {}         # candidate: c
         self.waiting: list[tuple[object, float, Tensor]] = []
-        self.last: float | None = None   # the error of the best one at the last computed step
+        self.stood_in: dict[object, list[tuple[Step, Tensor]]] = {}     # row: a sample of what was handed out since the last computed step
+        # found at the last computed step: the error of the best one, and the group of skips before it
+        self.last: float | None = None
+        self.missed: float | None = None
 
-    def score(self, past: Sequence[Snapshot], step: Step, actual: Tensor) -> None:
+    @property
+    def needs_gram(self) -> bool:
+        return any(candidate.needs_gram for candidate in self.candidates)
+
+    def score(self, past: Sequence[Snapshot], step: Step, actual: Tensor, gram: Gram | None = None, said: Mapping[object, Tensor] = NOTHING) -> None:
         """Compare every candidate that has history enough with `actual`. Nothing is read back from the device yet.
+
+        `gram` is that of `past`. `said` is what a skip would have put there, for candidates whose weighted sum is not all of it.
 
         Heun and its kin come back to the same sigma with another x. Nothing can be learnt there about how errors grow
         with distance, so that is scored by itself: how far off is it to take the first result for the second?
         """
-        seen = sampled(actual)
         if abs(step.place - past[-1].step.place) < SAME_PLACE:
-            self.waiting.append((AGAIN, 1.0, relative_error(sampled(past[-1].value), seen)))
+            self.waiting.append((AGAIN, 1.0, relative_error(sampled(past[-1].value), sampled(actual))))
             return
         for candidate in self.candidates:
             if len(past) >= candidate.history:
-                used = past[-candidate.history:]
-                steps = [snapshot.step for snapshot in used]
-                guess = combine(candidate.weights(steps, step), [sampled(snapshot.value) for snapshot in used])
-                self.waiting.append((candidate, candidate.reach(steps, step), relative_error(guess, seen)))
+                used, weights = weighed(candidate, past, step, gram)
+                if candidate in said:
+                    error = relative_error(sampled(said[candidate]), sampled(actual))
+                else:
+                    error = combine_error(weights, [snapshot.value for snapshot in used], actual)
+                self.waiting.append((candidate, candidate.reach([snapshot.step for snapshot in used], step), error))
 
-    def settle(self, best) -> None:
-        """Read the scores back, in one transfer, and remember them. `best` is the candidate that would have been used."""
+    def measure(self, row, past: Sequence[Snapshot], step: Step, actual: Tensor) -> None:
+        """What the skips before this computed step got wrong: |sum of gap (H~ - H')| / |H|.
+
+        H~ is the polynomial through the two snapshots before and the new one, which closes the bracket.
+        """
+        group = self.stood_in.pop(row, [])
+        if group and abs(step.place - past[-1].step.place) >= SAME_PLACE:
+            seen, nodes = sampled(actual).float(), [*((s.step.place, sampled(s.value)) for s in past[-2:]), (step.place, sampled(actual))]
+            off = torch.zeros_like(seen)
+            for at, said in group:
+                if said.shape == seen.shape and said.device == seen.device:
+                    weights = lagrange([place for place, _ in nodes], at.place)
+                    off.add_(combine(weights, [value for _, value in nodes]).float() - said.float(), alpha=at.gap)
+            self.waiting.append((GROUP, 1.0, off.norm() / seen.norm().clamp_min(1e-12)))
+
+    def weigh(self, x: Tensor, denoised: Tensor, sigma: float) -> None:
+        """Note |d| / |D|, d = (x - D) / sigma."""
+        x, denoised = sampled(x).float(), sampled(denoised).float()
+        self.waiting.append((SCALE, 1.0, (x - denoised).norm() / sigma / denoised.norm().clamp_min(1e-12)))
+
+    def settle(self, best) -> float | None:
+        """Read the scores back, in one transfer, and remember them. `best` is the candidate that would have been used.
+
+        Returns |d| / |D| where it was weighed.
+        """
+        self.last = self.missed = None
         if not self.waiting:
-            return
+            return None
         device = self.waiting[0][2].device      # with several GPUs the rows of an evaluation live on several
         errors = torch.stack([error.to(device) for *_, error in self.waiting]).tolist()
         worst: dict = {}
@@ -64,10 +100,18 @@ class Hindcast:
             error = error if error == error else float("inf")
             if candidate not in worst or error > worst[candidate][0]:
                 worst[candidate] = (error, error / max(reach, 1e-12))
+        scale, _ = worst.pop(SCALE, (None, None))
+        self.missed, _ = worst.pop(GROUP, (None, None))
         for candidate, (_, rate) in worst.items():
             before = self.rate.get(candidate, math.inf)
             self.rate[candidate] = (before + rate) / 2 if math.isfinite(before) else rate
         self.last = next((worst[candidate][0] for candidate in (AGAIN, best) if candidate in worst), None)
+        self.waiting.clear()
+        return scale if scale is not None and math.isfinite(scale) else None
+
+    def forget(self) -> None:
+        """The history is gone; what was learnt of the errors is not."""
+        self.stood_in.clear()
         self.waiting.clear()
 
     def choose(self, past: Sequence[Step], at: Step) -> tuple[object, float | None]:
@@ -75,7 +119,7 @@ class Hindcast:
         if past and abs(at.place - past[-1].place) < SAME_PLACE:
             return self.candidates[0], self.rate.get(AGAIN)     # all of them say the last result here
         scored = {
-            candidate: self.rate[candidate] * candidate.reach(past[-candidate.history:], at)
+            candidate: self.rate[candidate] * candidate.reach(past[-candidate.depth:], at)
             for candidate in self.candidates if candidate in self.rate and len(past) >= candidate.history
         }
         if scored:

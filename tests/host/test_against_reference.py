@@ -62,7 +62,8 @@ def test_latents_equal_those_of_an_independent_cache(name, order, coordinate, le
     wanted = sample_by(cached_euler(order, coordinate, 3, 2, skipped), model(name), name)
     predictor = {"predictor": "hold"} if order == 0 else {
         "predictor": "divided differences", "predictor_knobs": {"order": order, "coordinate": coordinate}}
-    latent, report = run(model(name), name, cached={"policy_knobs": {"interval": 3, "warm_up": 2}, "level": level, **predictor})
+    latent, report = run(model(name), name, cached={
+        "policy_knobs": {"interval": 3, "warm_up": 2}, "level": level, "level_knobs": {"look_back": False} if level == "guided output" else {}, **predictor})
     assert [n for n, computed in enumerate(decisions(report)) if not computed] == skipped and len(skipped) >= 4
     assert relative(latent, wanted) < 1e-5
     assert relative(latent, plain(name)) > 1e-4, "too near to the host's latent to tell a right prediction from a wrong one"
@@ -109,10 +110,11 @@ class Gate:
 
     name = "gate"
     needs_forward = True
+    signal = "first block"
     shown: list = field(default_factory=list, compare=False)
 
     def skip(self, view):
-        self.shown.append((view.step.evaluation, view.drift))
+        self.shown.append((view.step.evaluation, view.signal.drift))
         return view.step.evaluation >= 4 and view.step.evaluation % 2 == 0
 
 

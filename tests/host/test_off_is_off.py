@@ -19,6 +19,13 @@ OFF = {
     "error control": {"policy": "error control", "policy_knobs": {"tolerance": 0.0}, "predictor": "automatic"},
     "first block": {"policy": "first block", "policy_knobs": {"threshold": 0.0}},
     "interval": {"policy": "interval", "policy_knobs": {"interval": 1}},
+    "TeaCache": {"policy": "TeaCache", "policy_knobs": {"threshold": 0.0, "coefficients": "flux"}},
+    "EasyCache": {"policy": "EasyCache", "policy_knobs": {"threshold": 0.0}},
+    "MagCache": {"policy": "MagCache", "policy_knobs": {"threshold": 0.0, "curve": "flux"}},
+    "CG-Taylor": {"policy": "CG-Taylor", "policy_knobs": {"gate": 0.0}},
+    "ZEUS": {"policy": "ZEUS", "policy_knobs": {"preset": "custom", "start": 0, "end": 0}},
+    "schedule": {"policy": "schedule", "policy_knobs": {"preset": "custom", "steps": ",".join(["1"] * 12)}},
+    "temporal delta": {"policy": "temporal delta", "policy_knobs": {"threshold": 0.0}},
     "centred interval": {"policy": "centred interval", "policy_knobs": {"interval": 1}},
     "key steps": {"policy": "key steps", "end_percent": 0.0},
     "never": {"policy": Never(), "predictor": "automatic"},
@@ -27,7 +34,9 @@ OFF = {
 
 
 def possible(off: str, level: str) -> bool:
-    return level == "block range" or off not in ("first block", "never, gated")
+    if off == "EasyCache":
+        return level != "block range"
+    return level == "block range" or off not in ("first block", "TeaCache", "CG-Taylor", "never, gated")
 
 
 def test_every_policy_has_an_off_position_that_is_tested():

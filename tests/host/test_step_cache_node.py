@@ -73,7 +73,9 @@ def test_every_registry_entry_has_its_knobs_in_the_menu(kind, name):
         assert widget.tooltip and not widget.tooltip[0].islower() and widget.tooltip.endswith(".")
         assert widget.default == knob.default == getattr(entry, knob.name)
         assert widget.optional
-        if knob.metadata["choices"]:
+        if knob.metadata["wrong"]:
+            assert isinstance(widget, io.String.Input)
+        elif knob.metadata["choices"]:
             assert isinstance(widget, io.Combo.Input) and knob.default in widget.options
         else:
             assert widget.min <= widget.default <= widget.max and widget.step > 0
@@ -88,7 +90,7 @@ def test_a_choice_without_knobs_has_the_defaults_and_knobs_may_be_told(kind, nam
     assert chosen(kind, REGISTRIES[kind], {kind: name, **dict.fromkeys(settings(entry))}) == entry
     assert chosen(kind, REGISTRIES[kind], None) == next(iter(REGISTRIES[kind].values()))()
     for knob in knobs(entry):
-        other = {"choices": lambda m: m["choices"][-1], "high": lambda m: m["high"]}["choices" if knob.metadata["choices"] else "high"](knob.metadata)
+        other = "2,1,1" if knob.metadata["wrong"] else knob.metadata["choices"][-1] if knob.metadata["choices"] else knob.metadata["high"]
         assert getattr(chosen(kind, REGISTRIES[kind], {kind: name, knob.name: other}), knob.name) == other
 
 
@@ -109,11 +111,12 @@ def test_an_unknown_knob_is_refused_with_the_known_ones(kind, name):
 def test_a_knob_out_of_its_range_is_refused_with_the_range(kind, name):
     for knob in knobs(REGISTRIES[kind][name]):
         limits = knob.metadata
-        wrong = ["nothing such"] if limits["choices"] else [limits["low"] - 1, limits["high"] + 1]
+        wrong = ["nothing such"] if limits["choices"] or limits["wrong"] else [limits["low"] - 1, limits["high"] + 1]
         for value in wrong:
             message = refusal(**{kind: {kind: name, knob.name: value}})
             assert name in message and knob.name in message and str(value) in message
-            assert all(str(limit) in message for limit in limits["choices"] or (limits["low"], limits["high"]))
+            told = (limits["wrong"](value),) if limits["wrong"] else limits["choices"] or (limits["low"], limits["high"])
+            assert all(str(limit) in message for limit in told) or f"choose one of {len(told)}, such as" in message
 
 
 def test_a_number_that_is_none_is_refused():
@@ -151,7 +154,8 @@ def test_custom_settings_arrive():
     assert got == {
         "policy": {"name": "interval", "interval": 3, "warm_up": 3},
         "predictor": {"name": "divided differences", "order": 2, "coordinate": "step index"},
-        "level": {"name": "block range", "first_blocks": 2}, "start_percent": 0.1, "end_percent": 0.9, "max_consecutive_skips": 7, "preset": "custom"}
+        "level": {"name": "block range", "first_blocks": 2}, "start_percent": 0.1, "end_percent": 0.9, "max_consecutive_skips": 7, "preset": "custom",
+        "correction": {"name": "none"}}
 
 
 def test_the_node_may_be_called_from_a_script():

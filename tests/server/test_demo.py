@@ -10,7 +10,7 @@ from testbed.demo import demo
 from testbed.workflow import WorkflowError
 
 ROW = ("workflow", "model", "steps", "evaluations", "baseline_evaluations", "computed_steps", "skipped_steps", "seconds", "baseline_seconds",
-       "psnr_db", "identical", "settings", "reprise_version", "host_version", "device")
+       "psnr_db", "ssim", "identical", "settings", "reprise_version", "host_version", "device")
 
 
 @pytest.mark.parametrize("content", [b"{ broken", b"", b"[]", b"{}", b"\xff\xfe"])
@@ -32,6 +32,7 @@ def test_the_demo_writes_pictures_a_contact_sheet_and_one_row_for_each_workflow(
     for row in rows:
         assert tuple(row) == ROW
         assert 0 < row["computed_steps"] <= row["evaluations"] < row["baseline_evaluations"] == row["steps"]
+        assert row["identical"] or 20 < row["psnr_db"] < 120 and 0.5 < row["ssim"] < 1
         assert row["seconds"] > 0 and row["baseline_seconds"] > 0
         for kind in ("without", "with", "side by side"):
             assert Image.open(tmp_path / f"{row['workflow']} - {kind}.png").width >= 128

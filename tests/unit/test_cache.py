@@ -23,12 +23,16 @@ OTHER = ROW._replace(cond=1)
 @dataclass(frozen=True)
 class Always:
     name = "always"
-    needs_forward: bool = False
+    signal: str = ""
     asked: list = field(default_factory=list, compare=False)
 
+    @property
+    def needs_forward(self):
+        return self.signal == "first block"
+
     def skip(self, view):
-        self.asked.append(view)
-        return view.drift is None or view.drift < 0.5
+        self.asked.append(view.signal.drift)
+        return view.signal.drift is None or view.signal.drift < 0.5
 
 
 @dataclass
@@ -94,17 +98,17 @@ def test_a_row_with_a_short_history_is_predicted_from_what_it_has():
 
 
 def test_a_gate_decides_on_the_row_that_runs_first_and_the_others_obey():
-    policy = Always(needs_forward=True)
+    policy = Always("first block")
     b = bench(policy)
     near, far = torch.ones(3), torch.full((3,), 5.0)
     assert not b.step(ROW, signals=(near, far)), "first step"
     assert b.step(ROW, signals=(near * 1.1, far)) and not b.step(ROW, signals=(far, near))
-    assert [view.drift for view in policy.asked] == [pytest.approx(0.1), pytest.approx(4.0)]
+    assert policy.asked == [pytest.approx(0.1), pytest.approx(4.0)]
     assert b.step(ROW, signals=(far,)), "measured from the last computed step"
 
 
 def test_a_gate_keeps_its_own_copy_of_a_signal():
-    b, signal = bench(Always(needs_forward=True)), torch.ones(3)
+    b, signal = bench(Always("first block")), torch.ones(3)
     b.step(ROW, signals=(signal,))
     signal.fill_(100.0)
     assert b.step(ROW, signals=(torch.ones(3),))
@@ -130,12 +134,16 @@ def test_giving_up_computes_everything_from_then_on_and_says_why():
 
 
 def test_a_closed_cache_holds_no_tensor_and_knows_its_peak():
-    b = bench(Always(needs_forward=True), candidates=(DividedDifferences(1),))
+    b = bench(Always("first block"), candidates=(DividedDifferences(1),))
     b.step(ROW, OTHER, signals=(torch.ones(3),))
     b.step(ROW, OTHER, signals=(torch.ones(3),))
+    b.cache.begin(b.clock.tick(SIGMAS[b.n]))
+    b.cache.skips(torch.ones(3))        # and here the run breaks off
     b.cache.close()
-    assert b.cache.report.cache_bytes == 4 * 4 * 4 and b.cache.store.bytes == 0
-    assert b.cache.signal is None and b.cache.fresh_signal is None and not b.cache.hindcast.waiting
+    assert b.cache.report.cache_bytes == 4 * 4 * 4 + 3 * 3 * 4 and b.cache.store.bytes == 0
+    watch = b.cache.watch
+    assert watch.before is watch.now is watch.output is None and not watch.computed and not watch.moves and not watch.known
+    assert not b.cache.hindcast.waiting
 
 
 def run(**more) -> Run:

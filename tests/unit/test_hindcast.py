@@ -5,10 +5,14 @@ import pytest
 import torch
 
 from pack.core.step import Clock
-from pack.core.stepcache.hindcast import SAMPLE, Hindcast, relative_error, sampled
+from pack.core.stepcache.hindcast import FEW, Hindcast, dot_products, relative_error, sampled
+from pack.core.stepcache.predictors import PREDICTORS
 from pack.core.stepcache.predictors.divided_differences import DividedDifferences
+from pack.core.stepcache.predictors.dmd import DynamicModes
 from pack.core.stepcache.predictors.hold import Hold
+from pack.core.stepcache.predictors.taylor import Taylor
 from pack.core.store import Snapshot
+from pack.kernels.drift import SAMPLE
 
 CLOCK = Clock([1 - n / 20 for n in range(21)], flow=True)
 STEPS = [CLOCK.tick(1 - n / 20) for n in range(20)]
@@ -34,6 +38,51 @@ def scored(degree: int, candidates=(HOLD, LINE, PARABOLA), until: int = 5) -> Hi
 def test_the_candidate_that_fits_the_path_is_chosen(degree, best):
     chosen, expected = scored(degree).choose(tuple(STEPS[:5]), STEPS[5])
     assert chosen == best and expected < 1e-4
+
+
+def fading(steps=range(20)) -> list[Snapshot]:
+    """A sum of two exponentials, which no polynomial continues."""
+    a, b = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
+    return [Snapshot(STEPS[n], a * 0.8 ** n + b * 0.5 ** n) for n in steps]
+
+
+def test_a_predictor_that_depends_on_the_snapshots_competes_with_their_dot_products():
+    modes, known = DynamicModes(), fading()
+    hindcast = Hindcast((HOLD, LINE, modes))
+    for n in range(4, 8):
+        hindcast.score(known[n - 4: n], known[n].step, known[n].value, dot_products(known[n - 4: n]))
+        hindcast.settle(modes)
+    assert hindcast.needs_gram and not Hindcast((HOLD, LINE)).needs_gram
+    chosen, expected = hindcast.choose(tuple(STEPS[:8]), STEPS[8])
+    assert chosen == modes and expected < 1e-3
+
+
+@pytest.mark.parametrize("candidate", [c for entry in PREDICTORS.values() for c in entry().candidates()], ids=str)
+def test_every_candidate_is_scored_on_all_the_snapshots_that_it_uses(candidate):
+    known = fading()
+    past = known[:candidate.depth]
+    hindcast, at = Hindcast((candidate,)), known[candidate.depth]
+    hindcast.score(past, at.step, at.value, dot_products(past))
+    hindcast.settle(candidate)
+    weights = candidate.weights([s.step for s in past], at.step, dot_products(past))
+    guess = sum(weight * s.value for weight, s in zip(weights, past, strict=True))
+    assert hindcast.last == pytest.approx(relative_error(guess, at.value).item(), rel=1e-3, abs=1e-6)
+
+
+def test_how_far_a_candidate_reaches_counts_with_all_the_snapshots_that_it_uses():
+    hindcast, known = Hindcast((Taylor(3),)), path(3)
+    hindcast.score(known[:4], known[4].step, known[4].value + 1)
+    hindcast.settle(None)
+    one, two = (hindcast.choose(tuple(STEPS[:4]), STEPS[3 + ahead])[1] for ahead in (1, 2))
+    assert two == pytest.approx(16 * one), "order 3 has an error of order 4"
+
+
+def test_a_candidate_is_scored_on_what_a_skip_would_have_put_there_if_that_is_told():
+    hindcast, known = Hindcast((HOLD, LINE)), path(1)
+    hindcast.score(known[:2], known[2].step, known[2].value, said={HOLD: known[2].value * 1.25})
+    hindcast.settle(HOLD)
+    assert hindcast.last == pytest.approx(0.25)
+    assert hindcast.choose(tuple(STEPS[:3]), STEPS[3])[0] == LINE, "the others by their own word"
 
 
 def test_on_noise_hold_is_chosen():
@@ -114,6 +163,7 @@ def test_a_sample_is_small_and_walks_through_every_channel():
     part = sampled(value)
     assert SAMPLE / 2 < part.numel() <= 2 * SAMPLE and part.mean() == pytest.approx(1 / 256, rel=0.1)
     assert torch.equal(sampled(value[0, :3]), value[0, :3].reshape(-1))
+    assert FEW / 2 < sampled(value, FEW).numel() <= 2 * FEW
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

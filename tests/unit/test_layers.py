@@ -1,28 +1,35 @@
-"""Imports run one way: nodes -> core.attach, presets, run -> core's systems -> families, step, store, ... -> kernels."""
+"""Imports run one way: nodes -> core.attach, presets, run -> core's systems -> families, step, store, ... -> kernels.
+
+`compare` stands beside the engine: it measures pictures and draws reports, so it needs Pillow and numpy, which the core does without,
+and it must load where no host is, for the demo. Of the core it sees the report alone; only nodes see it.
+"""
 import ast
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("nodes", "core", "kernels")
+PARTS = ("nodes", "compare", "core", "kernels")
 FILES = sorted(file for part in PARTS for file in (ROOT / part).rglob("*.py")) + [ROOT / "__init__.py"]
 
 # A module may import from its own layer and those below. The first prefix that fits is the layer.
 LAYERS = (
     ("kernels", 0),
-    ("core.families", 1), ("core.step", 1), ("core.store", 1), ("core.registry", 1), ("core.knob", 1), ("core.report", 1),
+    ("core.families", 1), ("core.step", 1), ("core.store", 1), ("core.registry", 1), ("core.knob", 1), ("core.report", 1), ("core.runs", 1),
     ("core.stepcache", 2), ("core.reference", 2), ("core.quant", 2),
     ("core.attach", 3), ("core.run", 3), ("core.presets", 3), ("core", 3),
-    ("nodes", 4),
-    ("", 5),
+    ("compare", 4),
+    ("nodes", 5),
+    ("", 6),
 )
 NODES_MAY_SEE = ("core.attach", "core.presets", "core.run", "core.registry", "core.knob", "core.report", "core.stepcache.policies",
-                 "core.stepcache.predictors", "core.stepcache.levels", "nodes")
+                 "core.stepcache.corrections", "core.stepcache.predictors", "core.stepcache.levels", "compare", "nodes")
+COMPARE_MAY_SEE = ("core.report", "compare")
 SYSTEMS = ("core.stepcache", "core.reference", "core.quant")
-MAY_IMPORT_COMFY = ("core.attach", "core.run", "core.quant", "core.reference", "core.stepcache.calibrate")
+MAY_IMPORT_COMFY = ("core.attach", "core.run", "core.quant", "core.reference", "core.stepcache.calibrate", "nodes._api")
 HOST = ("comfy", "comfy_api", "comfy_extras", "comfy_execution", "nodes", "folder_paths", "execution", "latent_preview")
-FOREIGN_TO_CORE = ("server", "aiohttp", "numpy", "PIL")
+DRAWING = ("numpy", "PIL", "kornia", "piq")
+FOREIGN_TO_CORE = ("server", "aiohttp", *DRAWING)
 
 
 def within(name: str, prefix: str) -> bool:
@@ -67,19 +74,21 @@ def faults(file: Path, root: Path) -> list[str]:
         if not relative:
             if top in ("comfy_api",) and own != "nodes._api":
                 text.append(f"{said}, which is for nodes._api alone")
-            elif top == "comfy" and not any(within(own, prefix) for prefix in MAY_IMPORT_COMFY):
+            elif top in ("comfy", "comfy_execution") and not any(within(own, prefix) for prefix in MAY_IMPORT_COMFY):
                 text.append(f"{said}, and only {', '.join(MAY_IMPORT_COMFY)} may")
-            elif top in HOST and top not in ("comfy", "comfy_api"):
+            elif top in HOST and top not in ("comfy", "comfy_execution", "comfy_api"):
                 text.append(f"{said}, a module of the host with another meaning here; imports of the pack are relative")
             elif top in ("pack", "reprise", *PARTS):
                 text.append(f"{said}; imports of the pack are relative")
-            elif top in FOREIGN_TO_CORE and not within(own, "nodes"):
+            elif top in FOREIGN_TO_CORE and not within(own, "nodes") and not (within(own, "compare") and top in DRAWING):
                 text.append(f"{said}, which the core does not need")
             continue
         if layer(target) > layer(own):
             text.append(f"{said}, a layer above it")
         elif within(own, "nodes") and not any(within(target, prefix) for prefix in NODES_MAY_SEE):
             text.append(f"{said}, past the core's doors")
+        elif within(own, "compare") and not any(within(target, prefix) for prefix in COMPARE_MAY_SEE):
+            text.append(f"{said}, and compare needs the report alone")
         elif any(within(own, s) for s in SYSTEMS) and any(within(target, s) and not within(own, s) for s in SYSTEMS):
             text.append(f"{said}, a system beside it")
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -97,7 +106,7 @@ def test_imports_run_one_way(file):
 
 def test_every_part_of_the_pack_is_read():
     names = {module_name(file, ROOT) for file in FILES}
-    assert {"", "nodes.step_cache", "core.attach", "core.stepcache.cache", "core.families.flux", "kernels.combine"} <= names
+    assert {"", "nodes.step_cache", "compare.metrics", "core.attach", "core.stepcache.cache", "core.families.flux", "kernels.combine"} <= names
 
 
 BAD = {
@@ -118,6 +127,13 @@ BAD = {
     "nodes/x.py": ("from ..core.stepcache.cache import StepCache", "past the core's doors"),
     "nodes/y.py": ("from ..kernels.combine import combine", "past the core's doors"),
     "nodes/z.py": ("from comfy_api.latest import io", "nodes._api alone"),
+    "compare/x.py": ("from ..core.attach import attach_step_cache", "the report alone"),
+    "compare/y.py": ("import comfy.utils", "only core.attach"),
+    "compare/z.py": ("from server import PromptServer", "does not need"),
+    "compare/w.py": ("from ..nodes.choice import choice", "a layer above it"),
+    "core/stepcache/y.py": ("from ...compare.metrics import psnr", "a layer above it"),
+    "core/y.py": ("from PIL import Image", "does not need"),
+    "core/runs.py": ("from comfy_execution.utils import get_executing_context", "only core.attach"),
     "nodes/w.py": ("from core.attach import attach_step_cache", "relative"),
     "core/knob.py": ("try:\n    pass\nexcept Exception:\n    pass", "catches everything"),
     "core/report.py": ("try:\n    pass\nexcept:\n    pass", "catches everything"),
@@ -127,7 +143,8 @@ GOOD = {
     "core/quant/loader.py": "from comfy.ops import cast\nfrom ..families import FAMILIES\nfrom ...kernels.combine import combine",
     "core/stepcache/calibrate.py": "import comfy.samplers\nfrom ..step import Step",
     "nodes/__init__.py": "try:\n    pass\nexcept Exception:\n    pass",
-    "nodes/_api.py": "from comfy_api.latest import io",
+    "nodes/_api.py": "from comfy_api.latest import io\nfrom comfy.utils import ProgressBar",
+    "compare/x.py": "import numpy\nfrom PIL import Image\nfrom ..core.report import Report\nfrom .sheet import row",
     "nodes/x.py": "from ._api import io\nfrom ..core.attach import attach_step_cache\nfrom ..core.stepcache.levels import LEVELS",
 }
 

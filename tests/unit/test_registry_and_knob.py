@@ -4,14 +4,17 @@ from dataclasses import dataclass, fields
 import pytest
 
 from pack.core.families import FAMILIES, family_of
-from pack.core.knob import checked, knob, knobs, settings
+from pack.core.knob import checked, knob, knobs, settings, whole_numbers
 from pack.core.registry import Registry
 from pack.core.run import Settings
-from pack.core.stepcache.levels import LEVELS
+from pack.core.stepcache.corrections import CORRECTIONS
+from pack.core.stepcache.levels import LEVELS, Seam
 from pack.core.stepcache.policies import POLICIES
 from pack.core.stepcache.predictors import PREDICTORS
+from pack.core.stepcache.signal import signal_of
 
-ENTRIES = [pytest.param(entry, id=f"{registry.kind}: {name}") for registry in (POLICIES, PREDICTORS, LEVELS) for name, entry in registry.items()]
+REGISTRIES = (POLICIES, PREDICTORS, LEVELS, CORRECTIONS)
+ENTRIES = [pytest.param(entry, id=f"{registry.kind}: {name}") for registry in REGISTRIES for name, entry in registry.items()]
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class Entry:
     name = "an entry"
     amount: float = knob(0.5, "Help.", 0.0, 1.0, 0.1)
     kind: str = knob("a", "Help.", choices=("a", "b"))
+    free: str = knob("1,2", "Help.", wrong=lambda text: "" if whole_numbers(text) else "expected whole numbers")
     hidden: int = 3
 
 
@@ -42,18 +46,32 @@ def test_a_membership_test_is_not_an_error():
 
 
 def test_only_knobs_are_settings():
-    assert [field.name for field in knobs(Entry)] == ["amount", "kind"] and settings(Entry(amount=0.2)) == {"amount": 0.2, "kind": "a"}
+    assert [field.name for field in knobs(Entry)] == ["amount", "kind", "free"]
+    assert settings(Entry(amount=0.2)) == {"amount": 0.2, "kind": "a", "free": "1,2"}
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
     ({"amount": 1.1}, "an entry: amount is 1.1; it must lie between 0.0 and 1.0"), ({"amount": -0.1}, "amount is -0.1"),
-    ({"amount": float("nan")}, "amount is nan"), ({"kind": "c"}, "an entry: kind is 'c'; choose one of a, b")])
+    ({"amount": float("nan")}, "amount is nan"), ({"kind": "c"}, "an entry: kind is 'c'; choose one of a, b"),
+    ({"free": "1;2"}, "an entry: free is '1;2'; expected whole numbers"), ({"free": ""}, "free is ''")])
 def test_a_wrong_setting_is_named_with_what_it_may_be(wrong, message):
     with pytest.raises(ValueError, match=message):
         checked(Entry(**wrong))
 
 
-@pytest.mark.parametrize("right", [{}, {"amount": 0.0}, {"amount": 1.0}, {"kind": "b"}, {"hidden": 99}])
+def test_of_many_choices_those_that_are_most_like_what_came_are_told():
+    names = tuple(f"{kind}_{size}" for kind in ("flux", "wan", "qwen") for size in range(6))
+
+    @dataclass(frozen=True)
+    class Many:
+        name = "many"
+        kind: str = knob("wan_1", "Help.", choices=names)
+
+    with pytest.raises(ValueError, match="many: kind is 'qwen-3'; choose one of 18, such as qwen_3"):
+        checked(Many("qwen-3"))
+
+
+@pytest.mark.parametrize("right", [{}, {"amount": 0.0}, {"amount": 1.0}, {"kind": "b"}, {"free": "0"}, {"free": " 3, 10"}, {"hidden": 99}])
 def test_a_right_setting_passes(right):
     assert checked(Entry(**right)) == Entry(**right)
 
@@ -65,7 +83,9 @@ def test_every_entry_is_built_from_its_defaults_and_its_knobs_are_whole(entry):
     for field in knobs(entry):
         told = field.metadata
         assert told["help"].endswith(".") and len(told["help"]) > 20
-        assert (told["choices"] is None) == (told["low"] is not None) == (told["high"] is not None) == (told["step"] is not None)
+        number = told["low"] is not None
+        assert number == (told["high"] is not None) == (told["step"] is not None)
+        assert [number, told["choices"] is not None, told["wrong"] is not None, isinstance(field.default, bool)].count(True) == 1
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -74,6 +94,9 @@ def test_settings_are_hashable_plain_and_refuse_a_policy_that_sees_nothing(polic
     parts = POLICIES[policy](), PREDICTORS["automatic"](), LEVELS[level]()
     if POLICIES[policy].needs_forward and not getattr(LEVELS[level], "gates", True):
         with pytest.raises(ValueError, match=f"policy '{policy}' must see the first blocks run, and level '{level}' runs none"):
+            Settings(*parts)
+    elif signal_of(POLICIES[policy]) == "model input" and getattr(LEVELS[level], "seam", None) is Seam.NETWORK:
+        with pytest.raises(ValueError, match=f"policy '{policy}' must see the model's input and output, and level '{level}' works inside"):
             Settings(*parts)
     else:
         hash(Settings(*parts))

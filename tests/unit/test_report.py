@@ -30,9 +30,9 @@ def test_an_error_that_is_not_finite_does_not_spoil_the_record():
 
 
 def test_the_line_tells_what_was_saved_and_how_far_off_it_is():
-    line = ran(reason="a reason").line()
+    line = ran(reason="a reason", estimated_error=0.0214).line()
     assert "\n" not in line and line.startswith("Step Cache: 3.4 of 5 evaluations (1.47x fewer), 3 computed, 2 skipped")
-    assert "expected" in line and "measured" in line and "1.50 s" in line and line.endswith("(a reason)")
+    assert "estimated error 2.1% of the latent" in line and "expected" in line and "measured" in line and "1.50 s" in line and line.endswith("(a reason)")
 
 
 def test_a_run_without_skips_claims_no_saving_and_no_error():

@@ -56,20 +56,25 @@ def test_sigmas_that_went_through_float32_and_back_are_the_same_place(sigmas):
 
 
 @given(schedules())
-def test_the_mean_width_of_the_steps_is_one(sigmas):
+def test_the_gaps_of_the_steps_add_up_to_the_schedule(sigmas):
     clock = Clock(sigmas, flow=True)
-    widths = [clock.tick(sigma).width for sigma in sigmas[:-1]]
-    assert sum(widths) / len(widths) == pytest.approx(1) and min(widths) >= 0
+    gaps = [clock.tick(sigma).gap for sigma in sigmas[:-1]]
+    assert sum(gaps) == pytest.approx(sigmas[0] - sigmas[-1]) and min(gaps) >= 0
+
+
+@pytest.mark.parametrize(("sigma", "flow", "noise"), [(0.7, True, 0.7), (1.0, False, 0.5), (14.6, False, 14.6 / 15.6)])
+def test_the_share_of_noise_is_that_of_the_parameterisation(sigma, flow, noise):
+    assert Clock([sigma, 0.0], flow).tick(sigma).noise == pytest.approx(noise)
 
 
 @given(st.floats(0.02, 100), st.integers(2000, 4000))
-def test_a_step_of_the_variance_exploding_form_is_as_wide_as_that_of_a_flow_with_its_larger_error(sigma, steps):
+def test_a_step_of_the_variance_exploding_form_counts_as_that_of_a_flow_with_its_larger_error(sigma, steps):
     """The same model in both forms: an error of 1 in its derivative is one of 1 + sigma in that of the flow."""
     flow = [1 - n / steps for n in range(1, steps + 1)]
     exploding = [t / (1 - t) for t in flow]
     n = min(range(steps - 1), key=lambda n: abs(exploding[n] - sigma))
-    wide, same = Clock(exploding, flow=False).tick(exploding[n]).width, Clock(flow, flow=True).tick(flow[n]).width
-    assert same == pytest.approx(1) and wide == pytest.approx(1 + exploding[n], rel=0.1)
+    one, other = Clock(exploding, flow=False).tick(exploding[n]), Clock(flow, flow=True).tick(flow[n])
+    assert one.noise == pytest.approx(other.noise) and one.gap == pytest.approx((1 + exploding[n]) * other.gap, rel=0.1)
 
 
 def test_a_second_stage_of_a_step_is_not_another_step_and_does_not_rise():

@@ -1,8 +1,9 @@
 """When to skip: one decision per solver evaluation, shared by all conditions."""
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 from ...step import Step
+from ..signal import Watch
 
 
 @dataclass(frozen=True)
@@ -11,15 +12,23 @@ class View:
 
     step: Step
     computed: tuple[Step, ...]      # computed steps, newest last; at least one
-    predicted: float | None         # relative error of the best predictor at this step, weighted by the step's width
+    predicted: float | None         # what a skip here is expected to add to the relative error of the final latent
     owed: float                     # sum of `predicted` over the steps skipped since the last computed one
-    drift: float | None = None      # relative change of the first blocks' residual since the last computed step
+    skipped: int = 0                # so many
+    family: str = ""                # the model family's name
+    signal: Watch = field(default_factory=Watch)    # what the policy asked to watch; numbers are worked out when asked for
 
 
 class Policy(Protocol):
-    """An immutable dataclass with knobs; what it has to remember is in the View."""
+    """An immutable dataclass with knobs; what it has to remember is in the View.
+
+    needs_forward: the first blocks must run before it can decide, which is so for two of the signals.
+    signal: optional; what it watches, one of those in signal.py.
+    refuses(family, steps, sampler): optional; why it can skip nothing in such a run, or an empty text. The run then
+    computes everything and says why.
+    """
 
     name: str
-    needs_forward: ClassVar[bool]   # it wants `drift`, so the first blocks must run before it can decide
+    needs_forward: ClassVar[bool]
 
     def skip(self, view: View) -> bool: ...

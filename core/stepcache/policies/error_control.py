@@ -1,13 +1,16 @@
-"""Error control: skip as long as the predicted error of what stands in stays within a tolerance.
+"""Error control: skip as long as the error that the picture is expected to take from it fits a tolerance.
 
     measured at every computed step n:   e_n = mean|H'_n - H_n| / mean|H_n|        H' is what a skip would have used
-    expected for a skip at t:            e(t) = c (t - t_0)^(order + 1) w(t)       c from the e_n, hindcast.py
-    skip  <=>  sum of e over the skips since the last computed step  <  tolerance
+    expected for a skip at t:            e(t) = c (t - t_0)^(order + 1)            c from the e_n, hindcast.py
+    in the final latent:                 E = sum over the group of skips           error_budget.py
+    skip  <=>  E^2  <=  tolerance^2 (h + 1) / N
 
-w is the sigma that a step covers over the mean of the schedule: an error in a wide step moves the picture more.
-The tolerance has one unit for every model, the relative error of the output. Reprise's own; the hindcast idea is
-that of step-size control in ODE solvers.
+h skips in this group, N steps: a group may use up as much of the tolerance as its share of the run, and as the groups'
+errors have nothing to do with each other, their squares add up to the tolerance. It has one unit for every model, the
+relative L2 error of the final latent against the full run. Reprise's own; the hindcast idea is that of step-size
+control in ODE solvers.
 """
+import math
 from dataclasses import dataclass
 
 from ...knob import knob
@@ -18,8 +21,10 @@ class ErrorControl:
     name = "error control"
     needs_forward = False
     tolerance: float = knob(
-        0.03, "Allowed relative error between two computed steps. Higher skips more and follows the full model less closely; 0 skips nothing.",
+        0.03, "Allowed relative error of the final latent. Higher skips more and follows the full model less closely; 0 skips nothing.",
         0.0, 1.0, 0.005)
 
     def skip(self, view) -> bool:
-        return view.predicted is not None and view.owed + view.predicted < self.tolerance
+        if view.predicted is None or not self.tolerance:
+            return False
+        return view.owed + view.predicted <= self.tolerance * math.sqrt((view.skipped + 2) / view.step.steps)

@@ -8,13 +8,16 @@ From ParaAttention's first-block cache (C. Zeyi, 2024); published thresholds: FL
 from dataclasses import dataclass
 
 from ...knob import knob
+from ..signal import FIRST_BLOCK
 
 
 @dataclass(frozen=True)
 class FirstBlock:
     name = "first block"
     needs_forward = True
+    signal = FIRST_BLOCK
     threshold: float = knob(0.12, "Higher skips more steps and follows the full model less closely; 0 skips nothing.", 0.0, 1.0, 0.005)
 
     def skip(self, view) -> bool:
-        return view.drift is not None and view.drift < self.threshold
+        drift = view.signal.drift
+        return drift is not None and drift < self.threshold

@@ -4,13 +4,15 @@
     error ~ (n - n_0)^(order + 1), n_0 the last computed step
 
 TaylorSeer (arXiv 2503.06923) divides every difference by the last gap, which is the same thing on an even grid;
-here the grid may be uneven, as it is whenever a policy chooses the steps.
+here the grid may be uneven, as it is whenever a policy chooses the steps. FoCa's BDF2 predictor (2508.16211) with the
+slope of the last gap is order 1: its terms in the gap cancel.
 """
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from math import prod
 
 from ...knob import knob
+from .base import Predictor, ahead, distinct, newest
 
 COORDINATES = {
     "step index": lambda step: step.place,
@@ -19,8 +21,15 @@ COORDINATES = {
 }
 
 
+def lagrange(t: Sequence[float], now: float) -> list[float]:
+    """Values at `now` of the polynomials that are 1 at one of the positions t and 0 at the others; hold where two meet."""
+    if not distinct(t):
+        return newest(len(t))
+    return [prod((now - other) / (own - other) for j, other in enumerate(t) if j != k) for k, own in enumerate(t)]
+
+
 @dataclass(frozen=True)
-class DividedDifferences:
+class DividedDifferences(Predictor):
     name = "divided differences"
     order: int = knob(1, "1 continues the last change as a line, 2 and 3 bend it. Higher orders win with many steps and short skips.", 1, 3, 1)
     coordinate: str = knob("step index", "What counts as distance between two steps.", choices=tuple(COORDINATES))
@@ -29,18 +38,14 @@ class DividedDifferences:
     def history(self) -> int:
         return self.order + 1
 
-    def weights(self, past, at) -> list[float]:
+    def weights(self, past, at, gram=None) -> list[float]:
         *t, now = self.positions([*past, at])
-        return [prod((now - other) / (own - other) for j, other in enumerate(t) if j != k) for k, own in enumerate(t)]
+        return lagrange(t, now)
 
     def positions(self, steps) -> list[float]:
         """Coordinates of `steps`; steps where they meet (log-SNR is bounded at both ends) go by their index."""
         t = [COORDINATES[self.coordinate](step) for step in steps]
-        gaps = [abs(b - a) for a, b in pairwise(t[:-1])]
-        return t if all(gap > 1e-6 for gap in gaps) else [step.place for step in steps]
+        return t if distinct(t[:-1]) else [step.place for step in steps]
 
     def reach(self, past, at) -> float:
-        return abs(at.place - past[-1].place) ** self.history
-
-    def candidates(self):
-        return (self,)
+        return ahead(past, at) ** self.history

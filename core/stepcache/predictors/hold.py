@@ -4,17 +4,15 @@
 """
 from dataclasses import dataclass
 
+from .base import Predictor, ahead, newest
+
 
 @dataclass(frozen=True)
-class Hold:
+class Hold(Predictor):
     name = "hold"
-    history = 1
 
-    def weights(self, past, at) -> list[float]:
-        return [1.0]
+    def weights(self, past, at, gram=None) -> list[float]:
+        return newest(len(past))
 
     def reach(self, past, at) -> float:
-        return abs(at.place - past[-1].place)
-
-    def candidates(self):
-        return (self,)
+        return ahead(past, at)
