@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pack.core.attach import RUN
 from pack.core.families import FAMILIES, family_of
 from pack.core.families.unet import costs
+from pack.core.stepcache.corrections import CORRECTIONS
 from pack.core.stepcache.levels import LEVELS
 from testbed import tiny
 
@@ -42,6 +43,7 @@ PICTURES = ("sd15_like", "sdxl_like")
 NAMES = [name for name in tiny.OF_FAMILY["unet"] if name != "sd15"]     # which has a full-size first level
 UNET_LEVELS = [name for name, level in LEVELS.items() if getattr(level, "serves", None) == "unet"]
 ANY_LEVELS = [name for name, level in LEVELS.items() if hasattr(level, "seam") and level.serves is None]
+PLAIN = {"guided output": {"look_back": False}}     # a computed step repeats nothing when it makes up for the one before
 BLOCKS = 9      # on either side
 BRANCHES = (0, 1, 2, 4, 7, 11)     # the last is more than there are
 VIDEO = {"svd_like": {"batch": 3}}
@@ -104,7 +106,7 @@ def test_models_in_other_types_are_off_bit_for_bit_and_repeat_what_they_computed
 
 # skips ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("level", "knobs", "sampling"), [
-    *((*case, {}) for case in CASES), *((level, {}, {"batch": 2}) for level in ANY_LEVELS),
+    *((*case, {}) for case in CASES), *((level, PLAIN.get(level, {}), {"batch": 2}) for level in ANY_LEVELS),
     *((*case, sampling) for case in FEW for sampling in ({"cfg": 1.0}, {"batch": 3}, {"size": (10, 6)}))], ids=str)
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_skip_with_the_same_input_repeats_the_computed_result(name, level, knobs, sampling):
@@ -126,7 +128,8 @@ def test_a_model_that_predicts_v_is_served_too(level, zsnr):
     patcher = ModelSamplingDiscrete().patch(model("sdxl_like"), "v_prediction", zsnr)[0]
     off, _ = run(patcher, "sdxl_like", cached={"policy": Never(), "level": level})
     assert torch.equal(off, sample(patcher, "sdxl_like"))
-    errors = replay_errors(attached(patcher, policy=EVERY_SECOND, level=level), "sdxl_like", sigmas=schedule("sdxl_like", patcher=patcher))
+    patched = attached(patcher, policy=EVERY_SECOND, level=level, level_knobs=PLAIN.get(level, {}))
+    errors = replay_errors(patched, "sdxl_like", sigmas=schedule("sdxl_like", patcher=patcher))
     assert max(errors) < (1e-6 if level in UNET_LEVELS else 1e-3 if zsnr else 1e-5)     # x - sigma d in fp32, at a sigma of up to 4500
 
 
@@ -186,6 +189,18 @@ def deep_width(place: int) -> int:
     if place == 0:
         return network(model("sd15_like")).input_blocks[-1][0].out_channels
     return network(model("sd15_like")).output_blocks[place - 1][0].out_channels
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("level", UNET_LEVELS)
+def test_corrections_work_on_features_and_stay_small(level, correction):
+    cached = {"level": level, "predictor": "automatic", "policy_knobs": {"interval": 3}}
+    host = sample(model("sd15_like"), "sd15_like", steps=20, batch=2)
+    without, plainly = run(model("sd15_like"), "sd15_like", steps=20, batch=2, cached=cached)
+    latent, report = run(model("sd15_like"), "sd15_like", steps=20, batch=2, cached={**cached, "correction": CORRECTIONS[correction]()})
+    assert relative(latent, host) < 4 * relative(without, host) and report.cache_bytes < 1.2 * plainly.cache_bytes
+    nothing_to_do = correction == "none" or (correction == "channel affine" and level == "unet encoder")    # which keeps its parts in one row
+    assert (relative(latent, without) < 1e-6) == nothing_to_do
 
 
 # cost ----------------------------------------------------------------------------------------------------------------
