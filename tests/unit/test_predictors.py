@@ -196,7 +196,7 @@ def taylorseer(past: list[Snapshot], at, order: int) -> torch.Tensor:
     """The recursion as published, on tensors, from the first computed step on."""
     factors: list[torch.Tensor] = []
     before = None
-    for step, value in past:
+    for step, value in ((s.step, s.value) for s in past):
         updated = [value.double()]
         for earlier in factors[:order]:
             updated.append((updated[-1] - earlier) / (step.place - before.place))
