@@ -82,7 +82,7 @@ class Run:
         governor = Governor(start_sigma, end_sigma, most, family.warm_up)
         policy = settings.policy
         if facts is not None and hasattr(policy, "bound"):
-            policy = policy.bound(read, facts, most, self.may_skip(governor, flow), solver is not None)
+            policy = policy.bound(read, facts, most, self.may_skip(governor, min(c.history for c in candidates)), solver is not None)
             if policy.note:
                 self.report.add_reason(policy.note)
         self.cache = StepCache(policy, candidates, governor, self.report, settings.correction.start(), solver and LookBack(solver, sigmas), guidance)
@@ -95,11 +95,11 @@ class Run:
         self.inside = False
         self.acting: tuple = ()
 
-    def may_skip(self, governor: Governor, flow: bool) -> list[bool]:
-        """For each step of the schedule, whether the governor would leave it to the policy."""
-        clock = Clock(self.clock.sigmas, flow)
+    def may_skip(self, governor: Governor, history: int) -> list[bool]:
+        """For each step of the schedule, whether the governor would leave it to the policy, and a predictor could stand in for it."""
+        clock = Clock(self.clock.sigmas, self.clock.flow)
         steps = [clock.tick(sigma) for sigma in clock.sigmas[:-1]]
-        return [not governor.must_compute(step, tuple(steps[:n]), 0) for n, step in enumerate(steps)]
+        return [n >= history and not governor.must_compute(step, tuple(steps[:n]), 0) for n, step in enumerate(steps)]
 
     def begin(self, sigma: float, acting: tuple = ()) -> None:
         """A solver evaluation begins. `acting` tells which conditions act in it."""

@@ -24,6 +24,7 @@ from testbed import tiny
 STEPS = 12
 QUICK = ["flux", "z_image", "ltxv"]     # what levels, policies and guidance are tested on; test_families has a model of every class
 NAMES = QUICK
+UNAIDED = [name for name, policy in POLICIES.items() if not hasattr(policy, "bound")]    # the others want a profile: test_calibrate.py
 CONCRETE = [name for name, level in LEVELS.items() if hasattr(level, "seam") and level.serves != "unet"]     # for UNets see test_unet
 
 

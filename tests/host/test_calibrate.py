@@ -5,14 +5,16 @@ import folder_paths
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from harness import QUICK, assert_moves, attached, blocks, decisions, family, model, network, packed, sample, schedule, spied
+from harness import QUICK, assert_moves, attached, blocks, decisions, family, model, network, packed, plain, relative, sample, schedule, spied
 
 from pack.core.attach import attach_step_cache, check_profile
 from pack.core.run import Settings
 from pack.core.step import Clock
 from pack.core.stepcache.calibrate import Calibration, listened, profiles_folder
+from pack.core.stepcache.levels import LEVELS
 from pack.core.stepcache.levels.automatic import Automatic as AutomaticLevel
 from pack.core.stepcache.policies.profile import FromProfile
+from pack.core.stepcache.predictors import PREDICTORS
 from pack.core.stepcache.predictors.automatic import Automatic as AutomaticPredictor
 from pack.core.stepcache.profiles import read
 from pack.core.stepcache.profiles.recording import Recording
@@ -202,6 +204,16 @@ def test_a_model_in_another_precision_is_told_before_the_run():
         check_profile(model("z_image"), settings)
     with pytest.raises(ValueError, match="there is no profile 'q'; known: p"):
         check_profile(model("flux"), Settings(FromProfile("q"), AutomaticPredictor(), AutomaticLevel()))
+
+
+@pytest.mark.parametrize("predictor", PREDICTORS)
+@pytest.mark.parametrize("level", [name for name, level in LEVELS.items() if getattr(level, "serves", None) != "unet"])
+def test_a_profile_works_with_every_predictor_at_every_level(predictor, level):
+    execute()
+    settings = Settings(FromProfile("p", "2x"), PREDICTORS[predictor](), LEVELS[level]())
+    reports = []
+    latent = sample(attach_step_cache(model("flux"), settings, reports.append), "flux")
+    assert decisions(reports[0]).count(True) == STEPS // 2 and 0 < relative(latent, plain("flux")) < 0.2
 
 
 def test_a_missing_profile_lets_the_run_go_on_in_full():

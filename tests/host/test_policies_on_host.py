@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from harness import STEPS, attached, blocks, decisions, family, model, plain, relative, run, sample, sample_by, spied
+from harness import STEPS, UNAIDED, attached, blocks, decisions, family, model, plain, relative, run, sample, sample_by, spied
 
 from pack.core.stepcache.levels.block_range import BlockRange
 from pack.core.stepcache.policies import POLICIES
@@ -77,7 +77,7 @@ def cached(policy: str, knobs: dict, name: str, **more) -> dict:
     return {"policy": policy, "policy_knobs": knobs, "level": level_for(POLICIES[policy], name), **more}
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", UNAIDED)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_policy_skips_where_it_is_allowed_to_and_nothing_where_it_is_not(name, policy):
     liberal, nothing = LIBERAL_AND_NOTHING[policy]
@@ -88,7 +88,7 @@ def test_every_policy_skips_where_it_is_allowed_to_and_nothing_where_it_is_not(n
     assert torch.equal(latent, plain(name))
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", UNAIDED)
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "euler_ancestral"])
 def test_every_policy_bears_samplers_that_evaluate_twice_keep_a_history_or_add_noise(sampler, policy):
     liberal, _ = LIBERAL_AND_NOTHING[policy]

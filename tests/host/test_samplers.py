@@ -4,7 +4,7 @@ import math
 import comfy.samplers
 import pytest
 import torch
-from harness import CONCRETE, QUICK, STEPS, assert_moves, decisions, model, plain, relative, run
+from harness import CONCRETE, QUICK, STEPS, UNAIDED, assert_moves, decisions, model, plain, relative, run
 
 from pack.core.stepcache.governor import DETERMINISTIC
 from pack.core.stepcache.levels import LEVELS
@@ -46,7 +46,7 @@ def test_the_names_of_steady_samplers_are_the_hosts():
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("predictor", PREDICTORS)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", UNAIDED)
 @pytest.mark.parametrize("name", QUICK)
 def test_every_policy_works_with_every_predictor_at_every_level(name, policy, predictor, level):
     if POLICIES[policy].needs_forward and not getattr(LEVELS[level], "gates", True):
