@@ -22,7 +22,7 @@ from torch import Tensor
 from . import _methods
 from ._pictures import VAE, psnr, sample_under
 from ._rows import identity
-from ._subjects import CHOOSE, SAMPLERS, SCORE, SEEDS, SUBJECTS, Pictures
+from ._subjects import CHOOSE, PEERS, SAMPLERS, SCORE, SEEDS, SUBJECTS, Pictures
 from pack.compare import metrics
 from pack.core.families import family_of
 
@@ -64,7 +64,7 @@ def alone_cells(models: list[str], patterns: list[str] | None = None) -> list[Ce
 
 def peer_cells() -> list[Cell]:
     """The pictures on which other step caches were measured, at cfg 1."""
-    return [Cell("flux", "euler", steps, 1.0, CHOOSE, alone=alone) for steps in (28, 50) for alone in (False, True)]
+    return [Cell("flux", "euler", steps, 1.0, PEERS, alone=alone) for steps in (28, 50) for alone in (False, True)]
 
 
 def quick_cells(models: list[str]) -> list[Cell]:
@@ -201,6 +201,8 @@ def similarity(latents: Tensor, references: Tensor) -> float | None:
 
 def planned(cell: Cell, quick: bool) -> list:
     """The methods of a cell; of those that sample one picture at a time, error control alone. A policy that can skip nothing here is left out."""
+    if cell.set == PEERS:
+        return _methods.far_ladder(cell.steps)
     if cell.alone:
         return [_methods.error_control(tolerance, cell.steps) for tolerance in _methods.TOLERANCES_ALONE]
     family = family_of(model_of(cell.model).model.diffusion_model)

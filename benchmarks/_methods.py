@@ -26,6 +26,7 @@ ERROR_CONTROL = "error control"
 OUTSIDE = (0.15, 0.2, 0.7, 0.8)     # shares of the steps, besides all counts in RANGE
 TOLERANCES = tuple(float(f"{0.0025 * 2 ** (k / 4):.3g}") for k in range(29))    # to 0.32, four to the octave
 TOLERANCES_ALONE = tuple(sorted({*TOLERANCES[4::2], *TOLERANCE.values()}))      # where every picture takes its own decisions, and time
+LONG = 8        # skips in a row
 HOST_NODES = {"host EasyCache": EasyCacheNode, "host LazyCache": LazyCacheNode}
 HOST_THRESHOLDS = (0.1, 0.2, 0.4)
 MASK_ORDERS = (1, 2)
@@ -162,11 +163,18 @@ def counts(steps: int) -> list[int]:
     return sorted({*whole_counts(steps), *(round(share * steps) for share in OUTSIDE)})
 
 
-def error_control(tolerance: float, steps: int) -> Own:
-    """As the presets run it, at a tolerance of our choice."""
+def error_control(tolerance: float, steps: int, max_skips: int | None = None) -> Own:
+    """As the presets run it, at a tolerance of our choice and maybe with longer skips."""
     balanced = preset_settings("balanced")
-    settings = replace(balanced, policy=replace(balanced.policy, tolerance=tolerance), preset="custom")
-    return Own(ERROR_CONTROL, settings, {"tolerance": tolerance}, 0.5 * steps)
+    longer = {} if max_skips is None else {"max_consecutive_skips": max_skips}
+    settings = replace(balanced, policy=replace(balanced.policy, tolerance=tolerance), preset="custom", **longer)
+    return Own(ERROR_CONTROL, settings, {"tolerance": tolerance, **longer}, 0.5 * steps)
+
+
+def far_ladder(steps: int) -> list[Own]:
+    """Tolerances for the peers' pictures; with many steps the fewest evaluations want longer skips than the default's."""
+    longer = [error_control(tolerance, steps, LONG) for tolerance in TOLERANCES_ALONE if tolerance >= 0.02] if steps > 28 else []
+    return [error_control(tolerance, steps) for tolerance in TOLERANCES_ALONE] + longer
 
 
 def mask(count: int, order: int, steps: int) -> Own:

@@ -12,6 +12,7 @@ from testbed import captions, procedural, tiny
 SAMPLERS = ("euler", "dpmpp_2m")
 SEEDS = 2
 CHOOSE, SCORE = "choose", "score"       # the two sets
+PEERS = "peers"                         # the first set of FLUX, on which other step caches were measured elsewhere
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def drawn(seed: int) -> tuple[str, ...]:
 
 
 SUBJECTS = {
-    "flux": Trained(Subject("tiny_flux_trained128.safetensors", DRAWN), {CHOOSE: DRAWN, SCORE: drawn(778)}),
+    "flux": Trained(Subject("tiny_flux_trained128.safetensors", DRAWN), {CHOOSE: DRAWN, SCORE: drawn(778), PEERS: DRAWN}),
     "zimage": Trained(Subject("z_image_tiny.safetensors", captions.DEMO, shift=3.0), {CHOOSE: captions.DEMO[:8], SCORE: captions.DEMO[8:16]}),
     "wan": Seeded("wan", "wan, seeded"),
 }

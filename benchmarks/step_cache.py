@@ -125,7 +125,7 @@ def verdict(options) -> None:
 
 def peers(options) -> None:
     rows = Rows(RESULTS / "peers.json")
-    _campaign.fill(rows, _grid.peer_cells(), options.threads, only=["error control"])
+    _campaign.fill(rows, _grid.peer_cells(), options.threads)
     print(*_verdict.peers(rows), f"written to {rows.path}", sep="\n")
 
 
