@@ -10,7 +10,7 @@ from pack.core.families.base import argument
 from testbed import tiny
 
 STEPS = 9       # the fewest that are not left alone
-FIRSTS = [names[0] for names in tiny.OF_FAMILY.values()]
+FIRSTS = [names[0] for family, names in tiny.OF_FAMILY.items() if family != "unet"]     # for UNets see test_unet.py
 
 
 def altered(facts, **changes):
