@@ -60,6 +60,7 @@ def attach_step_cache(model, settings: Settings, notify: Callable[[Report], None
     """A clone of `model` with the step cache on it; a second one takes the place of the first."""
     clone = model.clone()
     clone.model_options.setdefault("transformer_options", {})[KEY] = Attachment(settings, notify)
+    clone.model_options["transformer_options"][RUN] = None      # as many entries in a run as without one: a compiled model counts them
     for kind, wrapper in WRAPPERS.items():
         clone.remove_wrappers_with_key(kind, KEY)
         clone.add_wrapper_with_key(kind, KEY, wrapper)

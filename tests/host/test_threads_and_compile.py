@@ -315,7 +315,7 @@ def test_a_model_compiled_whole_is_not_compiled_anew_in_the_next_run(name):
     assert backend.graphs == first > 0
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_compiled_one_by_one_are_skipped_like_any(name):
     reports: list = []
     backend = Counting()
