@@ -6,7 +6,6 @@ picture at a time. The reference is the host's full run of the same pictures, sa
 """
 import ast
 import hashlib
-import logging
 import math
 import statistics
 import time
@@ -21,98 +20,15 @@ import torch
 from torch import Tensor
 
 from . import _methods
-from ._pictures import DRAWN, MODELS, VAE, Subject, conditions, psnr, sample_under
+from ._pictures import VAE, psnr, sample_under
 from ._rows import identity
+from ._subjects import CHOOSE, PEERS, SAMPLERS, SCORE, SEEDS, SUBJECTS, Pictures
 from pack.compare import metrics
 from pack.core.families import family_of
-from testbed import captions, procedural, tiny
-
-log = logging.getLogger("benchmarks")
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLERS, STEPS, CFGS = ("euler", "dpmpp_2m"), (20, 28, 50), (1.0, 3.5)
-SEEDS = 2
-CHOOSE, SCORE = "choose", "score"       # the two sets
+STEPS, CFGS = (20, 28, 50), (1.0, 3.5)
 FORMAT = 1                              # of a row: another number, and every row is measured anew
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """What a model is asked for: conditions with a row per picture, and noise."""
-
-    conds: tuple[list, list]
-    noise: Tensor
-    prompts: int
-    seeds: int
-
-    def one(self, i: int) -> "Pictures":
-        def row(entries):
-            return [[text[i:i + 1], {key: value[i:i + 1] if torch.is_tensor(value) else value for key, value in more.items()}]
-                    for text, more in entries]
-
-        return Pictures(tuple(row(entries) for entries in self.conds), self.noise[i:i + 1], 1, 1)
-
-
-def noise_of(shape: tuple[int, ...], prompt: int, seed: int) -> Tensor:
-    return torch.randn((1, *shape), generator=torch.Generator().manual_seed(1000 + 10 * prompt + seed))
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained model of the test bed, with captions for both sets, decoded by the linear VAE."""
-
-    subject: Subject
-    captions: dict[str, tuple[str, ...]]
-    decodes, samplers = True, SAMPLERS
-
-    @property
-    def name(self) -> str:
-        return self.subject.name
-
-    def load(self):
-        return self.subject.load()
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256((MODELS / self.subject.file).read_bytes()).hexdigest()[:12]
-
-    def pictures(self, which: str, prompts: int) -> Pictures:
-        chosen, before = self.captions[which][:prompts], len(self.captions[CHOOSE]) * (which == SCORE)
-        noise = [noise_of((16, 16, 16), before + i, seed) for i in range(len(chosen)) for seed in range(SEEDS)]
-        return Pictures(conditions([caption for caption in chosen for _ in range(SEEDS)]), torch.cat(noise), len(chosen), SEEDS)
-
-
-@dataclass(frozen=True)
-class Seeded:
-    """A model of random weights: latents alone, as there is nothing to see in them."""
-
-    kind: str
-    name: str
-    frames: int = 3
-    decodes, samplers = False, SAMPLERS[:1]
-
-    def load(self):
-        return tiny.patcher(self.kind)
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(Path(tiny.__file__).read_bytes()).hexdigest()[:12]
-
-    def pictures(self, which: str, prompts: int) -> Pictures:
-        numbers = [prompt + 8 * (which == SCORE) for prompt in range(prompts)]
-        shape = (tiny.KINDS[self.kind].channels, self.frames, 8, 8)
-        noise = [noise_of(shape, number, seed) for number in numbers for seed in range(SEEDS)]
-        positive = torch.cat([tiny.conditioning(self.kind, 11 + number)[0][0] for number in numbers for _ in range(SEEDS)])
-        return Pictures(([[positive, {}]], [[torch.zeros_like(positive), {}]]), torch.cat(noise), len(numbers), SEEDS)
-
-
-def drawn(seed: int) -> tuple[str, ...]:
-    return tuple(procedural.caption(row) for row in procedural.sample_attributes(8, torch.Generator().manual_seed(seed)).tolist())
-
-
-SUBJECTS = {
-    "flux": Trained(Subject("tiny_flux_trained128.safetensors", DRAWN), {CHOOSE: DRAWN, SCORE: drawn(778)}),
-    "zimage": Trained(Subject("z_image_tiny.safetensors", captions.DEMO, shift=3.0), {CHOOSE: captions.DEMO[:8], SCORE: captions.DEMO[8:16]}),
-    "wan": Seeded("wan", "wan, seeded"),
-}
 
 
 @dataclass(frozen=True)
@@ -148,7 +64,7 @@ def alone_cells(models: list[str], patterns: list[str] | None = None) -> list[Ce
 
 def peer_cells() -> list[Cell]:
     """The pictures on which other step caches were measured, at cfg 1."""
-    return [Cell("flux", "euler", steps, 1.0, CHOOSE, alone=alone) for steps in (28, 50) for alone in (False, True)]
+    return [Cell("flux", "euler", steps, 1.0, PEERS, alone=alone) for steps in (28, 50) for alone in (False, True)]
 
 
 def quick_cells(models: list[str]) -> list[Cell]:
@@ -240,7 +156,7 @@ class Bench:
         computed = evaluations
         if method.own:
             if reports[0].state == "off":
-                log.warning("%s, %s: %s", self.cell.name, method.name, reports[0].reason)
+                _methods.warn(f"{self.subject.name}: {reports[0].reason}")
                 return None
             evaluations, computed = [report.evaluations for report in reports], [report.computed for report in reports]
         row = heading(self.cell, method) | {
@@ -284,10 +200,13 @@ def similarity(latents: Tensor, references: Tensor) -> float | None:
 
 
 def planned(cell: Cell, quick: bool) -> list:
-    """The methods of a cell; of those that sample one picture at a time, error control alone."""
+    """The methods of a cell; of those that sample one picture at a time, error control alone. A policy that can skip nothing here is left out."""
+    if cell.set == PEERS:
+        return _methods.far_ladder(cell.steps)
     if cell.alone:
-        return [_methods.error_control(tolerance, cell.steps) for tolerance in _methods.TOLERANCES]
-    return _methods.methods(cell.steps, quick)
+        return [_methods.error_control(tolerance, cell.steps) for tolerance in _methods.TOLERANCES_ALONE]
+    family = family_of(model_of(cell.model).model.diffusion_model)
+    return [method for method in _methods.methods(cell.steps, quick) if not (family and method.refused(family.name, cell.steps, cell.sampler))]
 
 
 def measured(cell: Cell, wanted: list) -> Iterator[dict]:

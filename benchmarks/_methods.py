@@ -7,13 +7,14 @@ settings of its own, add a line to SETTINGS; one without a line runs at its defa
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 
 from ._curves import counts as whole_counts
 from pack.core.attach import attach_step_cache
 from pack.core.knob import checked
-from pack.core.presets import preset_settings
+from pack.core.presets import TOLERANCE, preset_settings
 from pack.core.run import Settings
 from pack.core.stepcache.levels import LEVELS
 from pack.core.stepcache.policies import POLICIES
@@ -24,6 +25,8 @@ log = logging.getLogger("benchmarks")
 ERROR_CONTROL = "error control"
 OUTSIDE = (0.15, 0.2, 0.7, 0.8)     # shares of the steps, besides all counts in RANGE
 TOLERANCES = tuple(float(f"{0.0025 * 2 ** (k / 4):.3g}") for k in range(29))    # to 0.32, four to the octave
+TOLERANCES_ALONE = tuple(sorted({*TOLERANCES[4::2], *TOLERANCE.values()}))      # where every picture takes its own decisions, and time
+LONG = 8        # skips in a row
 HOST_NODES = {"host EasyCache": EasyCacheNode, "host LazyCache": LazyCacheNode}
 HOST_THRESHOLDS = (0.1, 0.2, 0.4)
 MASK_ORDERS = (1, 2)
@@ -79,10 +82,26 @@ SETTINGS = {
 }
 
 
-class Plain:
+@cache
+def warn(text: str) -> None:
+    """Once, however many cells it is true of."""
+    log.warning(text)
+
+
+class Method:
+    """What makes a row: `own` tells whether the step cache of this pack is at work, `steps` how many if not the cell's, `expected` a guess at evaluations."""
+
+    own, steps = False, None
+
+    def refused(self, family: str, steps: int, sampler: str) -> str:
+        """Why it can skip nothing in such a run."""
+        return ""
+
+
+class Plain(Method):
     """The host alone, with fewer steps."""
 
-    name, own = "plain", False
+    name = "plain"
 
     def __init__(self, steps: int):
         self.steps, self.settings, self.expected = steps, {"steps": steps}, steps
@@ -91,10 +110,8 @@ class Plain:
         return patcher
 
 
-class Host:
+class Host(Method):
     """A step skipper of the host, as its node puts it there."""
-
-    own, steps = False, None
 
     def __init__(self, name: str, threshold: float, steps: int):
         self.name, self.settings, self.expected = name, {"reuse_threshold": threshold, "start_percent": 0.15, "end_percent": 0.95}, 0.5 * steps
@@ -103,16 +120,23 @@ class Host:
         return HOST_NODES[self.name].execute(patcher, **self.settings, verbose=False).result[0]
 
 
-class Own:
+class Own(Method):
     """The step cache of this pack."""
 
-    own, steps = True, None
+    own = True
 
-    def __init__(self, name: str, cache: Settings, told: dict, expected: float):
-        self.name, self.cache, self.settings, self.expected = name, cache, told, expected
+    def __init__(self, name: str, attached: Settings, told: dict, expected: float):
+        self.name, self.attached, self.settings, self.expected = name, attached, told, expected
 
     def applied(self, patcher, notify):
-        return attach_step_cache(patcher, self.cache, notify)
+        return attach_step_cache(patcher, self.attached, notify)
+
+    def refused(self, family: str, steps: int, sampler: str) -> str:
+        refuses = getattr(self.attached.policy, "refuses", None)
+        why = refuses(family, steps, sampler) if refuses else ""
+        if why:
+            warn(f"{self.name} is left out on {family}: {why}")
+        return why
 
 
 @dataclass(frozen=True)
@@ -139,26 +163,33 @@ def counts(steps: int) -> list[int]:
     return sorted({*whole_counts(steps), *(round(share * steps) for share in OUTSIDE)})
 
 
-def error_control(tolerance: float, steps: int) -> Own:
-    """As the presets run it, at a tolerance of our choice."""
+def error_control(tolerance: float, steps: int, max_skips: int | None = None) -> Own:
+    """As the presets run it, at a tolerance of our choice and maybe with longer skips."""
     balanced = preset_settings("balanced")
-    cache = replace(balanced, policy=replace(balanced.policy, tolerance=tolerance), preset="custom")
-    return Own(ERROR_CONTROL, cache, {"tolerance": tolerance}, 0.5 * steps)
+    longer = {} if max_skips is None else {"max_consecutive_skips": max_skips}
+    settings = replace(balanced, policy=replace(balanced.policy, tolerance=tolerance), preset="custom", **longer)
+    return Own(ERROR_CONTROL, settings, {"tolerance": tolerance, **longer}, 0.5 * steps)
+
+
+def far_ladder(steps: int) -> list[Own]:
+    """Tolerances for the peers' pictures; with many steps the fewest evaluations want longer skips than the default's."""
+    longer = [error_control(tolerance, steps, LONG) for tolerance in TOLERANCES_ALONE if tolerance >= 0.02] if steps > 28 else []
+    return [error_control(tolerance, steps) for tolerance in TOLERANCES_ALONE] + longer
 
 
 def mask(count: int, order: int, steps: int) -> Own:
     """The first order + 1 steps are those that the predictor needs; more of them came less near on every cell that was tried."""
     predictor = entry("divided differences", order=order)
-    cache = Settings(Mask(spread(steps, count, order + 1)), predictor.made(PREDICTORS), LEVELS["automatic"](), max_consecutive_skips=steps)
-    return Own("mask", cache, {"computed": count, "predictor": predictor.told(), "level": "automatic"}, count)
+    settings = Settings(Mask(spread(steps, count, order + 1)), predictor.made(PREDICTORS), LEVELS["automatic"](), max_consecutive_skips=steps)
+    return Own("mask", settings, {"computed": count, "predictor": predictor.told(), "level": "automatic"}, count)
 
 
 def policy(name: str, strength: dict, predictor: Entry | None, series: Series, steps: int) -> Own:
     chosen = entry(name, **strength).made(POLICIES)
     stands_in = PREDICTORS["automatic"]() if predictor is None else predictor.made(PREDICTORS)
-    cache = Settings(chosen, stands_in, LEVELS[series.level](), max_consecutive_skips=series.max_skips)
+    settings = Settings(chosen, stands_in, LEVELS[series.level](), max_consecutive_skips=series.max_skips)
     told = {**strength, "predictor": predictor.told() if predictor else {"name": "automatic"}, "level": series.level}
-    return Own(name, cache, told, 0.5 * steps)
+    return Own(name, settings, told, 0.5 * steps)
 
 
 def policies(steps: int, quick: bool) -> Iterator[Own]:
@@ -167,7 +198,7 @@ def policies(steps: int, quick: bool) -> Iterator[Own]:
             continue
         series = SETTINGS.get(name)
         if series is None:
-            log.warning("policy '%s' has no line in benchmarks/_methods.py, SETTINGS; it runs at its defaults", name)
+            warn(f"policy '{name}' has no line in benchmarks/_methods.py, SETTINGS; it runs at its defaults")
             yield policy(name, {}, None, Series(({},), max_skips=4), steps)
             continue
         strengths = series.strengths[1:2] if quick else series.strengths
@@ -175,7 +206,7 @@ def policies(steps: int, quick: bool) -> Iterator[Own]:
             if predictor.name in PREDICTORS:
                 yield from (policy(name, strength, predictor, series, steps) for strength in strengths)
             else:
-                log.warning("policy '%s' is to be measured with predictor '%s', which does not exist", name, predictor.name)
+                warn(f"policy '{name}' is to be measured with predictor '{predictor.name}', which does not exist")
 
 
 def methods(steps: int, quick: bool = False) -> list:

@@ -130,10 +130,11 @@ def above(grid: dict, cfg: float, rival: str, margin: float, seeds: int) -> Find
 
 def tolerance_means_the_same(rows: list[dict]) -> list[Finding]:
     """Over both sets: nothing is chosen here."""
-    ratios = defaultdict(list)
+    ratios, counted = defaultdict(list), defaultdict(dict)
     for row in rows:
         if row["method"] == OURS and row["computed_steps"] < row["steps"] and not row["alone"]:
             cell = tuple(row[name] for name in ("model", "sampler", "steps", "cfg"))
+            counted[cell, row["set"]][row["settings"]["tolerance"]] = row["evaluations"]
             ratios[cell, row["settings"]["tolerance"]] += [far / row["settings"]["tolerance"] for far in row["rel_l2_each"]]
     if not ratios:
         return [Finding("3 one tolerance means the same thing", None, "the table has no row of error control that skipped")]
@@ -141,13 +142,19 @@ def tolerance_means_the_same(rows: list[dict]) -> list[Finding]:
     outside = {key: value for key, value in medians.items() if not MEDIAN[0] <= value <= MEDIAN[1]}
     beyond = {key: max(values) for key, values in ratios.items() if max(values) > WORST}
 
+    # above some tolerance nothing more is skipped, whatever is allowed, and the error stays behind
+    idle = {(cell, tolerance) for (cell, _), at in counted.items() for tolerance, count in at.items()
+            if count == min(at.values()) and min(smaller for smaller, other in at.items() if other == count) < tolerance}
+
     def lines(found: dict) -> tuple[str, ...]:
-        return tuple(f"{named(cell)}, tolerance {tolerance:g}: {value:.2f}" for (cell, tolerance), value in sorted(found.items()))
+        return tuple(f"{named(cell)}, tolerance {tolerance:g}: {value:.2f}" + (", no more skips than at a smaller one" if (cell, tolerance) in idle else "")
+                     for (cell, tolerance), value in sorted(found.items()))
 
     return [
         Finding(f"3 median error of a cell between {MEDIAN[0]} and {MEDIAN[1]} tolerances", not outside,
                 f"{len(outside)} of {len(medians)} outside; they run from {min(medians.values()):.2f} to {max(medians.values()):.2f}, "
-                f"in the middle {statistics.median(medians.values()):.2f}", lines(outside)),
+                f"in the middle {statistics.median(medians.values()):.2f}; {len(idle.intersection(outside))} of those outside skip no more than "
+                "at a smaller tolerance", lines(outside)),
         Finding(f"3 no picture beyond {WORST:g} tolerances", not beyond,
                 f"{len(beyond)} of {len(medians)} have one; the worst is {max(max(values) for values in ratios.values()):.2f}", lines(beyond)),
     ]

@@ -123,8 +123,10 @@ def open_run(settings: Settings, guider, shape, sampler, sigmas) -> tuple[Run | 
     flow = isinstance(space, comfy.model_sampling.CONST)
     plain = not getattr(sampler, "extra_options", {}).get("s_churn", 0.0)
     guidance = float(getattr(guider, "cfg", 1.0))
-    own = type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise      # such as two CFG scales
-    facts = facts_of(guider.model_patcher, sampler, schedule, shape[1:], math.nan if own else guidance)
+    facts = None
+    if hasattr(settings.policy, "bound"):
+        own = type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise      # such as two CFG scales
+        facts = facts_of(guider.model_patcher, sampler, schedule, shape[1:], math.nan if own else guidance)
     run = Run(settings, family, schedule, flow, name, math.inf if settings.start_percent <= 0 else start, end if settings.end_percent < 1 else 0.0,
               plain, guidance, shape, facts, partial(read, profiles_folder()))
     if isinstance(run.level, BlockRange) and not family.stacks:

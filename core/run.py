@@ -109,7 +109,7 @@ class Run:
         solver = SOLVERS.get(sampler) if getattr(self.level, "look_back", False) and plain else None
         policy = settings.policy
         if facts is not None and hasattr(policy, "bound"):
-            policy = policy.bound(read, facts, skips, self.may_skip(governor, flow), solver is not None)
+            policy = policy.bound(read, facts, skips, self.may_skip(governor, min(c.history for c in candidates)), solver is not None)
             if policy.note:
                 self.report.add_reason(policy.note)
         look_back, budget = solver and LookBack(solver, sigmas), settings.budget_mib * MIB
@@ -131,11 +131,11 @@ class Run:
         self.mask: Tensor | None = None     # the denoise mask in force, where something changes it from step to step
         self.masks = 0                      # masks so far
 
-    def may_skip(self, governor: Governor, flow: bool) -> list[bool]:
-        """For each step of the schedule, whether the governor would leave it to the policy."""
-        clock = Clock(self.clock.sigmas, flow)
+    def may_skip(self, governor: Governor, history: int) -> list[bool]:
+        """For each step of the schedule, whether the governor would leave it to the policy, and a predictor could stand in for it."""
+        clock = Clock(self.clock.sigmas, self.clock.flow)
         steps = [clock.tick(sigma) for sigma in clock.sigmas[:-1]]
-        return [not governor.must_compute(step, tuple(steps[:n]), 0) for n, step in enumerate(steps)]
+        return [n >= history and not governor.must_compute(step, tuple(steps[:n]), 0) for n, step in enumerate(steps)]
 
     def begin(self, sigma: float, acting: tuple = (), form: tuple = ()) -> None:
         """A solver evaluation begins. `acting` tells which conditions act in it, `form` shape and type of the latent.

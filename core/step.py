@@ -35,7 +35,7 @@ class Clock:
     sigmas: the schedule, falling, last one usually 0. `flow` tells rectified flow (x = (1 - sigma) x0 + sigma eps)
     from the variance-exploding form (x = x0 + sigma eps), the host's for SD 1.5 and SDXL whatever they predict. The
     second is the first at t = sigma / (1 + sigma), with latents 1 + sigma times as large, so an error e of its derivative
-    is one of (1 + sigma) e there and moves the picture by (1 + sigma) e dt = e dsigma / (1 + sigma).
+    is one of (1 + sigma) e there and moves x by (1 + sigma) e dt = e dsigma / (1 + sigma) = e dlog(1 + sigma).
     """
 
     def __init__(self, sigmas: list[float], flow: bool):

@@ -1,5 +1,5 @@
 """Step Cache: skip the steps whose result can be predicted from the steps before."""
-from ..core.attach import attach_step_cache
+from ..core.attach import attach_step_cache, check_profile
 from ..core.presets import PRESETS, preset_settings
 from ..core.run import DEVICES, STORAGE, Settings
 from ..core.stepcache.corrections import CORRECTIONS
@@ -79,6 +79,7 @@ class StepCache(io.ComfyNode):
                 chosen("policy", POLICIES, policy), chosen("predictor", PREDICTORS, predictor), chosen("level", LEVELS, level),
                 start_percent, end_percent, max_consecutive_skips, correction=chosen("correction", CORRECTIONS, correction), warm_up=warm_up,
                 last_steps=last_steps, **memory)
+            check_profile(model, settings)
         else:
             settings = preset_settings(preset, **memory)
         return io.NodeOutput(attach_step_cache(model, settings, notifier(getattr(cls.hidden, "unique_id", None))))

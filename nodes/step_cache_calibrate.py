@@ -32,6 +32,10 @@ class StepCacheCalibrate(io.ComfyNode):
                              tooltip="So many noises per prompt. Every one costs a full run and two cached ones; 4 pictures in all do for most models."),
                 io.String.Input("name", default="calibrated", optional=True,
                                 tooltip="The profile's name, for Step Cache's policy 'profile'. An older one of that name is replaced."),
+                io.Float.Input("speed_up", default=2.0, min=1.1, max=10.0, step=0.1, optional=True,
+                               tooltip="The speed-up that you mean to use. It and half as much again are tried out, which tells what errors come to."),
+                io.Int.Input("refine", default=0, min=0, max=100, optional=True,
+                             tooltip="So many trials seek a better schedule for each of the two; 10 to 30 find one. Each is a cached run per picture."),
                 *(io.Conditioning.Input(f"positive_{n}", optional=True, tooltip="A further prompt.") for n in (2, 3, 4)),
             ],
             outputs=[
@@ -43,14 +47,14 @@ class StepCacheCalibrate(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, sampler, sigmas, latent_image, cfg: float = 1.0, seeds: int = 1, name: str = "calibrated",
-                positive_2=None, positive_3=None, positive_4=None) -> io.NodeOutput:
+                speed_up: float = 2.0, refine: int = 0, positive_2=None, positive_3=None, positive_4=None) -> io.NodeOutput:
         if runs_on(model) is not None:
             raise ValueError("the model has a Step Cache on it and would be measured with its errors; connect the model from before Step Cache")
         prompts = [prompt for prompt in (positive, positive_2, positive_3, positive_4) if prompt is not None]
         calibration = Calibration(model, negative, sampler, sigmas, cfg, latent_image)
-        bar = ProgressBar(evaluations(calibration, prompts, seeds))
-        profile, plans, remarks = calibrate(calibration, prompts, seeds, name, with_schedule, lambda: bar.update(1))
-        return io.NodeOutput(name, described(name, profile, plans, remarks))
+        bar = ProgressBar(evaluations(calibration, prompts, seeds, refine))
+        profile, remarks = calibrate(calibration, prompts, seeds, name, speed_up, refine, with_schedule, lambda: bar.update(1))
+        return io.NodeOutput(name, described(name, profile, profile.plans(*calibration.limits, profile.looks_back), remarks))
 
 
 def with_schedule(model, computed, steps: int, notify):

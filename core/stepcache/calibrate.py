@@ -6,6 +6,8 @@ import datetime
 import logging
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from statistics import median
 
@@ -24,6 +26,7 @@ from .governor import DETERMINISTIC, stand_down
 from .profiles import Check, Facts, Plan, Profile, no_name, write
 from .profiles.files import MOST_STEPS
 from .profiles.fits import fitted
+from .profiles.plan import error_of, group_costs, neighbours
 from .profiles.recording import NAMES, Recording, averaged, magnitude_ratios
 from .signal import FIRST_BLOCK, MODULATED_INPUT
 from .solvers import SOLVERS
@@ -31,7 +34,7 @@ from .solvers import SOLVERS
 log = logging.getLogger("reprise")
 
 KEY = "reprise.calibrate"
-CHECKED = (2.0, 3.0)        # speed-ups whose error is measured
+CHECKED = (1.0, 1.5)        # times the speed-up that is asked for: whose error is measured
 LONGEST = 4                 # skips in a row in a check run, as Step Cache has it by default
 PACK = Path(__file__).resolve().parents[2]
 
@@ -117,47 +120,86 @@ class Calibration:
     def profile(self, recordings: Sequence[Recording]) -> Profile:
         return Profile(
             self.facts, self.flow, torch.stack([recording.overlaps() for recording in recordings]).mean(0), len(recordings),
-            each={name: averaged(recordings, name) for name in NAMES}, teacache=fitted(recordings, (MODULATED_INPUT, FIRST_BLOCK)),
+            self.looks_back, each={name: averaged(recordings, name) for name in NAMES}, teacache=fitted(recordings, (MODULATED_INPUT, FIRST_BLOCK)),
             magcache=magnitude_ratios(recordings), date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(), pack=pack_version())
 
-    def plans(self, profile: Profile) -> dict[int, Plan]:
-        """As a run with Step Cache's defaults would have them."""
-        name = sampler_name(self.sampler)
+    @property
+    def limits(self) -> tuple[int, list[bool]]:
+        """Most skips in a row, and for each step whether it may be skipped, as in a run with Step Cache's defaults."""
         warm_up = self.family.warm_up if self.family else 1
-        plain = not getattr(self.sampler, "extra_options", {}).get("s_churn", 0.0)
-        return profile.plans(LONGEST if name in DETERMINISTIC else 1, [n >= warm_up for n in range(self.facts.steps)], name in SOLVERS and plain)
+        return LONGEST if sampler_name(self.sampler) in DETERMINISTIC else 1, [n >= warm_up for n in range(self.facts.steps)]
+
+    @property
+    def looks_back(self) -> bool:
+        return sampler_name(self.sampler) in SOLVERS and not getattr(self.sampler, "extra_options", {}).get("s_churn", 0.0)
 
 
-def calibrate(calibration: Calibration, positives: Sequence, noises: int, name: str, cached: Cached, tick: Callable[[], None] = lambda: None):
-    """The profile, written under its name when every run has come to its end, and a report in words.
+class Trials:
+    """Runs with schedules, against the full runs of the same pictures."""
 
-    `tick` is called once per step of the runs; there are `evaluations(...)` of them.
+    def __init__(self, calibration: Calibration, pictures: Sequence[tuple], full: Sequence[Tensor], cached: Cached, tick: Callable[[], None]):
+        self.calibration, self.pictures, self.full, self.cached, self.tick = calibration, pictures, full, cached, tick
+        self.failed = ""        # why a run did not follow its schedule
+
+    def error(self, computed: Sequence[int]) -> float | None:
+        """The median of the relative L2 error of the final latent; None where a run did not follow the schedule."""
+        reports: list[Report] = []
+        model = self.cached(self.calibration.model, computed, self.calibration.facts.steps, reports.append)
+        errors = [relative_error(self.calibration.sample(model, *picture, self.tick), full) for picture, full in zip(self.pictures, self.full, strict=True)]
+        if all(report.state == "ran" and tuple(n for n, e in enumerate(report.each) if e.computed) == tuple(computed) for report in reports):
+            return max(median(errors), 1e-9)
+        self.failed = next((report.reason for report in reports if report.reason), "conditions start or end on the way")
+        return None
+
+    def bettered(self, profile: Profile, plan: Plan, measured: float, count: int) -> Plan:
+        """The best schedule that `count` trials find: one computed step is moved at a time, what measures better is kept."""
+        longest, may_skip = self.calibration.limits
+        costs = group_costs(profile.overlaps, *profile.steps(profile.looks_back), longest + 1, profile.looks_back)
+        best, tried = Plan(plan.computed, plan.error, measured), {plan.computed}
+        for _ in range(count):
+            others = [Plan(other, error_of(costs, other)) for other in neighbours(best.computed, longest, may_skip) if other not in tried]
+            if not others:
+                break
+            other = min(others, key=attrgetter("error"))
+            tried.add(other.computed)
+            error = self.error(other.computed)
+            if error is not None and error < best.measured:
+                best = Plan(other.computed, other.error, error)
+        return best
+
+
+def calibrate(calibration: Calibration, positives: Sequence, noises: int, name: str, speed_up: float, refine: int, cached: Cached,
+              tick: Callable[[], None] = lambda: None) -> tuple[Profile, list[str]]:
+    """The profile, written under its name when every run has come to its end, and what else is to be said.
+
+    The plans for `speed_up` and for one step of CHECKED more are run, to tell what errors come to; `refine` further trials seek better
+    schedules for each. `tick` is called once per step of the runs; there are at most `evaluations(...)` of them.
     """
     if fault := no_name(name):
         raise ValueError(f"name is '{name[:100]}'; {fault}")
     pictures = [(positive, seed) for positive in positives for seed in range(noises)]
     full, recordings = zip(*(calibration.recorded(*picture, tick) for picture in pictures), strict=True)
-    profile = calibration.profile(recordings)
-    plans, remarks = calibration.plans(profile), sorted({recording.deaf for recording in recordings if recording.deaf})
-    checks = []
-    for speed_up in CHECKED:
-        plan = plans[max(round(calibration.facts.steps / speed_up), min(plans))]
-        reports: list[Report] = []
-        model = cached(calibration.model, plan.computed, calibration.facts.steps, reports.append)
-        errors = [relative_error(calibration.sample(model, *picture, tick), latent) for picture, latent in zip(pictures, full, strict=True)]
-        if all(report.state == "ran" and tuple(n for n, e in enumerate(report.each) if e.computed) == plan.computed for report in reports):
-            checks.append(Check(len(plan.computed), plan.error, median(errors)))
-        else:
-            told = next((report.reason for report in reports if report.reason), "conditions start or end on the way")
-            remarks.append(f"no check run with {len(plan.computed)} steps, so a tolerance is not known ({told})")
-    profile = Profile(**{**vars(profile), "checks": tuple(dict.fromkeys(checks))})
+    profile, trials = calibration.profile(recordings), Trials(calibration, pictures, full, cached, tick)
+    plans, remarks = profile.plans(*calibration.limits, profile.looks_back), sorted({recording.deaf for recording in recordings if recording.deaf})
+    checks, refined = [], []
+    for count in sorted({max(round(calibration.facts.steps / speed_up / more), min(plans)) for more in CHECKED}):
+        plan = plans[count]
+        measured = trials.error(plan.computed)
+        if measured is None:
+            remarks.append(f"no check run with {count} steps, so what a tolerance comes to is not known ({trials.failed})")
+            continue
+        checks.append(Check(count, plan.error, measured))
+        better = trials.bettered(profile, plan, measured, refine)
+        if better.computed != plan.computed:
+            refined.append(better)
+    profile = replace(profile, checks=tuple(checks), refined=tuple(refined))
     path = write(profiles_folder(), name, profile)
-    log.info("Step Cache Calibrate: profile '%s' of %d runs written to %s", name, len(pictures), path)
-    return profile, plans, remarks
+    log.info("Step Cache Calibrate: profile '%s' of %d full runs written to %s", name, len(pictures), path)
+    return profile, remarks
 
 
-def evaluations(calibration: Calibration, positives: Sequence, noises: int) -> int:
-    return len(positives) * noises * calibration.facts.steps * (1 + len(CHECKED))
+def evaluations(calibration: Calibration, positives: Sequence, noises: int, refine: int) -> int:
+    return len(positives) * noises * calibration.facts.steps * (1 + len(CHECKED) * (1 + refine))
 
 
 def relative_error(latent: Tensor, full: Tensor) -> float:

@@ -92,6 +92,19 @@ class At:
         return view.step.evaluation in self.evaluations
 
 
+@dataclass(frozen=True)
+class Gate(At):
+    """A test policy that decides from what the first block is given."""
+
+    needs_forward = True
+    signal = "modulated input"
+
+
+def levelled(first: int, last: int) -> dict:
+    """Block range with so many first and last blocks, for `cached`."""
+    return {"level": "block range", "level_knobs": {"first_blocks": first, "last_blocks": last}}
+
+
 def made(registry, choice, **knobs):
     """A registry entry by name, or an instance as it is."""
     return registry[choice](**knobs) if isinstance(choice, str) else choice

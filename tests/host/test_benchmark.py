@@ -77,8 +77,15 @@ def test_settings_of_the_benchmark_are_knobs_of_their_policies(name):
 
 def test_a_policy_without_settings_runs_at_its_defaults_and_says_so(monkeypatch, caplog):
     monkeypatch.delitem(_methods.SETTINGS, "interval")
+    _methods.warn.cache_clear()
     (method,) = by_name("interval")
-    assert method.cache.policy == POLICIES["interval"]() and "SETTINGS" in caplog.text
+    assert method.attached.policy == POLICIES["interval"]() and "SETTINGS" in caplog.text
+
+
+def test_a_policy_that_can_skip_nothing_on_a_model_is_left_out_there(monkeypatch):
+    monkeypatch.setattr(POLICIES["interval"], "refuses", lambda self, family, steps, sampler: "no" if family == "flux" else "", raising=False)
+    there = {model: {method.name for method in _grid.planned(_grid.Cell(model, "euler", 20, 1.0), False)} for model in ("flux", "zimage")}
+    assert "interval" not in there["flux"] and "interval" in there["zimage"] and "error control" in there["flux"]
 
 
 def test_no_two_methods_of_a_cell_share_a_row():
@@ -171,6 +178,18 @@ def test_the_engine_hash_sees_code_and_not_comments(monkeypatch, tmp_path):
     assert found[0] == found[1] != found[2]
 
 
+@pytest.mark.parametrize("arguments, told", [
+    (["--cells", "flux/euler/29/*"], "no cell of the grid is called flux/euler/29"), (["--models", "sdxl"], ""), (["--peers", "--engine"], ""),
+])
+def test_what_does_not_exist_is_refused(monkeypatch, capsys, arguments, told):
+    from benchmarks import step_cache
+
+    monkeypatch.setattr("sys.argv", ["step-cache", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        step_cache.main()
+    assert told in str(ended.value) and (told or "error" in capsys.readouterr().err)
+
+
 # what the engine costs -------------------------------------------------------------------------------------------------
 def test_the_engines_cost_is_measured_at_every_level_of_flux():
     sizes = {"hidden_size": 128, "num_heads": 1, "depth": 1, "depth_single_blocks": 3, "context_in_dim": 64, "vec_in_dim": 64}
@@ -180,7 +199,7 @@ def test_the_engines_cost_is_measured_at_every_level_of_flux():
     rows = {row["level"]: row for row in engine_cost.rows(scene)}
     assert {"guided output", "model output", "block range"} <= set(rows)
     for row in rows.values():
-        assert 0 < row["engine_ms"] < row["evaluation_ms"] and row["computed_evaluations"] == 10 and row["skipped_evaluations"] == 4, row
+        assert row["engine_ms"] > 0 < row["evaluation_ms"] and row["computed_evaluations"] == 10 and row["skipped_evaluations"] == 4, row
         assert row["skip_engine_ms"] > 0 and row["cache_mib"] > 0
     assert rows["guided output"]["skip_block_share"] == rows["model output"]["skip_block_share"] == 0
     assert rows["block range"]["skip_block_share"] == 0.25

@@ -115,6 +115,7 @@ def test_a_budget_that_holds_one_result_predicts_as_hold_does(name, monkeypatch)
     for predictor in ("automatic", "divided differences"):
         latent, report = run(model(name), name, cached={**cached, "predictor": predictor, "budget_mib": 1})
         assert torch.equal(latent, wanted) and "holds 1 result" in report.reason
+        assert any(e.predicted_error is not None for e in report.each), "the predictor that is left is scored"
 
 
 @EACH

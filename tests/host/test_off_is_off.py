@@ -28,6 +28,7 @@ OFF = {
     "temporal delta": {"policy": "temporal delta", "policy_knobs": {"threshold": 0.0}},
     "centred interval": {"policy": "centred interval", "policy_knobs": {"interval": 1}},
     "key steps": {"policy": "key steps", "end_percent": 0.0},
+    "profile": {"policy": "profile"},
     "never": {"policy": Never(), "predictor": "automatic"},
     "never, gated": {"policy": NeverGated(), "predictor": "automatic"},
 }

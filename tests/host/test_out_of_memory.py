@@ -7,6 +7,7 @@ from harness import CONCRETE, QUICK, STEPS, At, attached, blocks, decisions, mod
 
 from pack.core.attach import RUN
 from pack.core.stepcache import cache as step_cache
+from pack.core.stepcache.hindcast import Hindcast
 from pack.core.stepcache.levels import block_range
 from pack.core.store import Store
 
@@ -33,27 +34,15 @@ def predicting(monkeypatch, call):
     return scarce
 
 
-def keeping(monkeypatch, call):
-    scarce = Scarce(Store.keep, call)
-    monkeypatch.setattr(Store, "keep", lambda *args: scarce(*args))
-    return scarce
+LACKS = {
+    "to keep": (Store, "keep"), "to score": (Hindcast, "score"), "to read the scores": (Hindcast, "settle"), "to weigh": (Hindcast, "weigh"),
+    "to decide": (block_range.Passage, "decided"),
+}
 
 
-def scoring(monkeypatch, call):
-    scarce = Scarce(step_cache.Hindcast.score, call)
-    monkeypatch.setattr(step_cache.Hindcast, "score", lambda *args: scarce(*args))
-    return scarce
-
-
-def settling(monkeypatch, call):
-    scarce = Scarce(step_cache.Hindcast.settle, call)
-    monkeypatch.setattr(step_cache.Hindcast, "settle", lambda *args: scarce(*args))
-    return scarce
-
-
-def deciding(monkeypatch, call):
-    scarce = Scarce(block_range.Passage.decided, call)
-    monkeypatch.setattr(block_range.Passage, "decided", lambda *args: scarce(*args))
+def lacking(monkeypatch, owner, name, call):
+    scarce = Scarce(getattr(owner, name), call)
+    monkeypatch.setattr(owner, name, lambda *args: scarce(*args))
     return scarce
 
 
@@ -86,16 +75,16 @@ def test_a_prediction_without_memory_is_computed_in_full(name, level, call, spli
 
 
 @pytest.mark.parametrize("call", [1, 3])
-@pytest.mark.parametrize("lack", [keeping, scoring, settling, deciding])
+@pytest.mark.parametrize("lack", LACKS)
 @HERE
 @EACH
 def test_results_that_cannot_be_kept_leave_the_run_as_the_hosts(name, level, lack, call, monkeypatch):
-    if lack is deciding and level != "block range":
+    if lack == "to decide" and level != "block range":
         pytest.skip("this level decides nothing inside the model")
-    scarce = lack(monkeypatch, call)
+    scarce = lacking(monkeypatch, *LACKS[lack], call)
     latent, report = run(model(name), name, cached={"policy": SOME, "level": level})
     assert scarce.calls >= call
-    if lack is keeping or call == 1:
+    if lack == "to keep" or call == 1:
         assert torch.equal(latent, plain(name)) and all(decisions(report))
     assert SPENT in report.reason and torch.isfinite(latent).all() and len(report.each) == STEPS
 
@@ -103,7 +92,7 @@ def test_results_that_cannot_be_kept_leave_the_run_as_the_hosts(name, level, lac
 @EACH
 def test_a_gate_without_memory_computes(name, monkeypatch):
     """The gate keeps the stream before the first block and its own signal."""
-    deciding(monkeypatch, 4)
+    lacking(monkeypatch, *LACKS["to decide"], 4)
     latent, report = run(model(name), name, cached={"policy": "first block", "policy_knobs": {"threshold": 0.0}, "level": "block range"})
     assert torch.equal(latent, plain(name)) and SPENT in report.reason
 

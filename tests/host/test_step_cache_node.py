@@ -78,6 +78,8 @@ def test_every_registry_entry_has_its_knobs_in_the_menu(kind, name):
             assert isinstance(widget, io.String.Input)
         elif knob.metadata["choices"]:
             assert isinstance(widget, io.Combo.Input) and knob.default in widget.options
+        elif isinstance(knob.default, bool):
+            assert isinstance(widget, io.Boolean.Input)
         else:
             assert widget.min <= widget.default <= widget.max and widget.step > 0
             assert isinstance(widget, io.Int.Input if isinstance(knob.default, int) else io.Float.Input)
@@ -93,6 +95,7 @@ def test_a_choice_without_knobs_has_the_defaults_and_knobs_may_be_told(kind, nam
     for knob in knobs(entry):
         free = knob.metadata["wrong"] and next(text for text in ("2,1,1", "1.5x") if not knob.metadata["wrong"](text))
         other = free if free else knob.metadata["choices"][-1] if knob.metadata["choices"] else knob.metadata["high"]
+        other = not knob.default if isinstance(knob.default, bool) else other
         assert getattr(chosen(kind, REGISTRIES[kind], {kind: name, knob.name: other}), knob.name) == other
 
 
@@ -112,6 +115,8 @@ def test_an_unknown_knob_is_refused_with_the_known_ones(kind, name):
 @pytest.mark.parametrize(("kind", "name"), ENTRIES)
 def test_a_knob_out_of_its_range_is_refused_with_the_range(kind, name):
     for knob in knobs(REGISTRIES[kind][name]):
+        if isinstance(knob.default, bool):
+            continue        # has no range
         limits = knob.metadata
         wrong = ["nothing such"] if limits["choices"] or limits["wrong"] else [limits["low"] - 1, limits["high"] + 1]
         for value in wrong:
@@ -152,13 +157,21 @@ def test_a_preset_leaves_the_settings_of_custom_aside(preset):
 def test_custom_settings_arrive():
     got = settings_on(execute(
         policy={"policy": "interval", "interval": 3}, predictor={"predictor": "divided differences", "order": 2},
-        level={"level": "block range", "first_blocks": 2, "last_blocks": 1}, start_percent=0.1, end_percent=0.9, max_consecutive_skips=7)).as_dict()
+        level={"level": "block range", "first_blocks": 2, "last_blocks": 1}, start_percent=0.1, end_percent=0.9, max_consecutive_skips=7,
+        correction={"correction": "variance"}, warm_up=2, last_steps=3, few_steps=True, budget_mib=5, storage="bf16", device="cpu")).as_dict()
     assert got == {
         "policy": {"name": "interval", "interval": 3, "warm_up": 3},
         "predictor": {"name": "divided differences", "order": 2, "coordinate": "step index"},
         "level": {"name": "block range", "first_blocks": 2, "last_blocks": 1},
         "start_percent": 0.1, "end_percent": 0.9, "max_consecutive_skips": 7, "preset": "custom",
-        "correction": {"name": "none"}}
+        "correction": {"name": "variance"}, "warm_up": 2, "last_steps": 3, "few_steps": True, "budget_mib": 5, "storage": "bf16", "device": "cpu"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_leaves_memory_and_short_runs_to_the_user(preset):
+    memory = {"few_steps": True, "budget_mib": 5, "storage": "bf16", "device": "cpu"}
+    got = settings_on(execute(preset=preset, **memory)).as_dict()
+    assert {name: got[name] for name in memory} == memory and got["policy"]["tolerance"] == TOLERANCE[preset]
 
 
 def test_the_node_may_be_called_from_a_script():

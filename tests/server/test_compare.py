@@ -22,7 +22,7 @@ def graph(object_info) -> dict:
     [cache] = keys(prompt, "Reprise_StepCache")
     # coarse enough that 8 bits do not matter: the pictures that are measured here are those that were saved
     prompt[cache]["inputs"] = {"model": prompt[cache]["inputs"]["model"], "preset": "custom", "policy": "interval", "policy.interval": 20, "policy.warm_up": 1,
-                               "predictor": "hold", "max_consecutive_skips": 50}
+                               "predictor": "hold", "level": "guided output", "level.look_back": False, "max_consecutive_skips": 50}
     [sampler], [decode], [save] = keys(prompt, "KSampler"), keys(prompt, "VAEDecode"), keys(prompt, "SaveImage")
     plain = {key: deepcopy(prompt[key]) for key in (cache, sampler, decode, save)}
     for node in plain.values():

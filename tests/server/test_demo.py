@@ -36,4 +36,7 @@ def test_the_demo_writes_pictures_a_contact_sheet_and_one_row_for_each_workflow(
         assert row["seconds"] > 0 and row["baseline_seconds"] > 0
         for kind in ("without", "with", "side by side"):
             assert Image.open(tmp_path / f"{row['workflow']} - {kind}.png").width >= 128
+        with Image.open(tmp_path / f"{row['workflow']} - with.png") as picture:
+            assert getattr(picture, "n_frames", 1) == (9 if row["workflow"].startswith("Wan") else 1)
+    assert {row["workflow"].split()[0] for row in rows if not row["trained"]} == {"Wan", "SDXL"}
     assert Image.open(tmp_path / "contact-sheet.png").height >= 128 * len(rows)

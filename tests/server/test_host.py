@@ -6,7 +6,7 @@ import pytest
 from devtools.server import DIRECT, ROOT
 from testbed.client import Server, ServerError
 
-NODES = ("Reprise_StepCache", "Reprise_RunReport", "Reprise_CompareRuns")
+NODES = ("Reprise_StepCache", "Reprise_StepCacheCalibrate", "Reprise_RunReport", "Reprise_CompareRuns")
 WORKFLOWS = sorted(file.stem for file in (ROOT / "workflows").glob("*.json"))
 
 

@@ -136,6 +136,12 @@ def test_one_picture_beyond_three_tolerances_breaks_the_promise():
     assert found.kept is False and "tolerance 0.03" in str(found) and "tolerance 0.02" not in str(found)
 
 
+def test_a_tolerance_that_skips_no_more_than_a_smaller_one_is_told_of():
+    rows = both(far=0.03) + both(settings={"tolerance": 0.3}, far=0.03)
+    found = finding(rows, "3 median")
+    assert found.kept is False and "1 of those outside" in found.numbers and any("tolerance 0.3" in line and "no more skips" in line for line in found.more)
+
+
 def test_a_run_without_a_skip_says_nothing_of_its_tolerance():
     assert finding(both(evaluations=28.0, far=0.0), "3 one tolerance").kept is None
 

@@ -26,12 +26,12 @@ CLOCK = Clock([1 - n / 20 for n in range(21)], flow=True)
 STEPS = [CLOCK.tick(1 - n / 20) for n in range(20)]
 HOLD, LINE = Hold(), DividedDifferences(1)
 ACTIVE = {name: entry for name, entry in CORRECTIONS.items() if entry().start() is not None}
-SHAPES = {"latent": (2, 4, 6, 5), "video": (2, 4, 3, 6, 5), "audio": (2, 4, 30), "tokens": (2, 30, 4)}
+SHAPES = {"latent": (2, 4, 6, 5), "video": (2, 4, 3, 6, 5), "audio": (2, 4, 30), "tokens": (2, 30, 4), "feature": (2, 8, 3, 5)}
 LATENT = SHAPES["latent"]
 
 
 def row(shape=LATENT, name="a") -> Row:
-    return Row("cpu", 0, name, 0, None, shape if shape != SHAPES["tokens"] else LATENT)
+    return Row("cpu", 0, name, 0, None, LATENT if shape in (SHAPES["tokens"], SHAPES["feature"]) else shape)
 
 
 def noise(seed: int, shape=LATENT, dtype=torch.float32) -> torch.Tensor:

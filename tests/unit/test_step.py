@@ -86,7 +86,7 @@ def test_the_share_of_noise_is_that_of_the_parameterisation(sigma, flow, noise):
 
 
 @given(st.floats(0.02, 100), st.integers(2000, 4000))
-def test_a_step_of_the_variance_exploding_form_is_as_wide_as_that_of_a_flow_with_its_larger_error(sigma, steps):
+def test_a_step_of_the_variance_exploding_form_counts_as_that_of_a_flow_with_its_larger_error(sigma, steps):
     """The same model in both forms: an error of 1 in its derivative is one of 1 + sigma in that of the flow."""
     flow = [1 - n / steps for n in range(1, steps + 1)]
     exploding = [t / (1 - t) for t in flow]

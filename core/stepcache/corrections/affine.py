@@ -34,8 +34,9 @@ class Affine(NamedTuple):
 
 
 def channels(guess: Guess) -> int:
-    """The axis of channels: a latent, which has the shape of its row, is [B, C, ...], tokens are [B, N, C]."""
-    return 1 if guess.value.shape == guess.row.shape and guess.value.ndim > 2 else guess.value.ndim - 1
+    """The axis of channels: a latent, which has the shape of its row, and a UNet's feature are [B, C, ...], tokens are [B, N, C]."""
+    feature = guess.value.ndim == len(guess.row.shape) == 4
+    return 1 if feature or (guess.value.shape == guess.row.shape and guess.value.ndim > 2) else guess.value.ndim - 1
 
 
 def fit(guess: Tensor, actual: Tensor, reach: float, apart: tuple[int, ...]) -> Affine:
@@ -43,7 +44,7 @@ def fit(guess: Tensor, actual: Tensor, reach: float, apart: tuple[int, ...]) -> 
     over = [axis for axis in range(guess.ndim) if axis not in apart]
     x, y = guess.float(), actual.float()
     if not over:        # one element each: nothing to regress on
-        return Affine(torch.ones_like(x), torch.zeros_like(x), reach)
+        return Affine(x.new_ones([1] * x.ndim), x.new_zeros([1] * x.ndim), reach)
     x_mean, y_mean = x.mean(over, keepdim=True), y.mean(over, keepdim=True)
     spread = x - x_mean
     variance = spread.square().mean(over, keepdim=True)

@@ -42,7 +42,7 @@ class UnetEncoder(UnetLevel):
             return False, result
         for row, own in zip(call.rows, zip(*parts, strict=True), strict=True):
             cache.notes[row] = [(part.shape, part.dtype) for part in own]
-            cache.learn(row, torch.cat([part.flatten() for part in own]))
+            cache.learn(row, torch.cat([part.flatten(1) for part in own], 1))
         return True, result
 
     def skip(self, cache, call, compute):
@@ -63,8 +63,8 @@ class UnetEncoder(UnetLevel):
 
     def parts(self, cache, row: Row) -> list[Tensor]:
         shapes = cache.notes[row]
-        flat = cache.predict(row).split([shape.numel() for shape, _ in shapes])
-        return [part.view(shape).to(dtype) for part, (shape, dtype) in zip(flat, shapes, strict=True)]
+        flat = cache.predict(row).split([shape[1:].numel() for shape, _ in shapes], 1)
+        return [part.reshape(shape).to(dtype) for part, (shape, dtype) in zip(flat, shapes, strict=True)]
 
     def with_prior_noise(self, cache, x: Tensor, flow: bool) -> Tensor:
         """The latent that an evaluation looks at. x = z sqrt(1 + sigma^2), but for a flow, where x = z."""

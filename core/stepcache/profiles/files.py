@@ -5,7 +5,6 @@ the JSON was written with, and a name cannot leave the folder. What is wrong is 
 """
 import hashlib
 import json
-import math
 import os
 import re
 import tempfile
@@ -17,6 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from .facts import Facts
+from .plan import Plan
 from .profile import Check, Polynomial, Profile
 from .recording import NAMES
 
@@ -38,7 +38,7 @@ def no_name(name: str) -> str:
 
 def path_of(folder: Path, name: str) -> Path:
     if fault := no_name(name):
-        raise ValueError(f"profile name '{str(name)[:100]}' is refused; {fault}")
+        raise ValueError(f"profile name {str(name)[:100]!r} is refused; {fault}")
     return folder / f"{name}.json"
 
 
@@ -92,7 +92,8 @@ def as_json(profile: Profile, digest: str) -> dict:
             "family": facts.family, "model": facts.model, "precision": facts.precision, "sampler": facts.sampler, "steps": facts.steps,
             "sigmas": list(facts.sigmas), "shape": list(facts.shape), "cfg": facts.cfg, "flow": profile.flow,
         },
-        "pictures": profile.pictures, "checks": [check._asdict() for check in profile.checks],
+        "pictures": profile.pictures, "looks_back": profile.looks_back, "checks": [check._asdict() for check in profile.checks],
+        "refined": [{"computed": list(plan.computed), "planned": plan.error, "measured": plan.measured} for plan in profile.refined],
         "each": {name: list(values) for name, values in profile.each.items()},
         "teacache": fit and {**fit._asdict(), "coefficients": list(fit.coefficients)},
         "magcache": [list(curve) for curve in profile.magcache], "tensors": digest,
@@ -102,7 +103,7 @@ def as_json(profile: Profile, digest: str) -> dict:
 def checked(name: str, text: bytes, tensors: bytes) -> Profile:
     """The profile that these are, or a ValueError that names the first field which is not as it should be."""
     try:
-        record = json.loads(text.decode("utf-8"), parse_constant=refused)
+        record = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"profile '{name}' is not JSON ({str(error)[:80]}); calibrate again") from error
     fields = Fields(name, "", record)
@@ -123,14 +124,11 @@ def checked(name: str, text: bytes, tensors: bytes) -> Profile:
     made.end()
     profile = Profile(
         facts, flow, overlaps_of(name, tensors, fields.text("tensors"), steps), fields.whole("pictures", 1, 10_000),
-        checks_of(name, fields.take("checks"), steps), each_of(name, fields.take("each"), steps), fit_of(name, fields.take("teacache")),
+        fields.truth("looks_back"), checks_of(name, fields.take("checks"), steps), refined_of(name, fields.take("refined"), steps),
+        each_of(name, fields.take("each"), steps), fit_of(name, fields.take("teacache")),
         curves_of(fields, steps), fields.text("date"), fields.text("pack"))
     fields.end()
     return profile
-
-
-def refused(constant: str):
-    raise ValueError(f"{constant} is no number here")
 
 
 def overlaps_of(name: str, content: bytes, digest: str, steps: int) -> Tensor:
@@ -156,6 +154,21 @@ def checks_of(name: str, value, steps: int) -> tuple[Check, ...]:
     for n, entry in enumerate(value):
         fields = Fields(name, f"checks[{n}].", entry)
         found.append(Check(fields.whole("computed", 1, steps), fields.number("planned", 0.0, 1e6), fields.number("measured", 0.0, 1e6)))
+        fields.end()
+    return tuple(found)
+
+
+def refined_of(name: str, value, steps: int) -> tuple[Plan, ...]:
+    if not isinstance(value, list) or len(value) > MOST_CHECKS:
+        raise ValueError(f"profile '{name}': 'refined' is no list of at most {MOST_CHECKS}; calibrate again")
+    found = []
+    for n, entry in enumerate(value):
+        fields = Fields(name, f"refined[{n}].", entry)
+        count = len(entry.get("computed") or ()) if isinstance(entry.get("computed"), list) else 0
+        computed = tuple(int(step) for step in fields.numbers("computed", min(count, steps), 0, steps - 1, whole=True))
+        if sorted(set(computed)) != list(computed) or not {0, steps - 1} <= set(computed):
+            raise fields.wrong("computed", "expected steps that rise from the first to the last")
+        found.append(Plan(computed, fields.number("planned", 0.0, 1e6), fields.number("measured", 0.0, 1e6)))
         fields.end()
     return tuple(found)
 
@@ -239,5 +252,5 @@ class Fields:
 
 
 def numeric(value, low: float, high: float) -> bool:
-    """A finite number between these; Python would take true for 1."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high and math.isfinite(value)
+    """A number between these, which NaN is not; Python would take true for 1."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high

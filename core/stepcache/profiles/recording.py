@@ -7,6 +7,7 @@
 
 d = (x - D) / sigma after guidance. The blocks are listened to through the same seam as level block range uses.
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -51,6 +52,9 @@ class Ear:
     def learn(self, row: Row, value: Tensor) -> None:
         if not row.stream and row.cond not in self.added:
             self.added[row.cond] = value.float().norm(dim=-1)
+
+    def attempt(self, work: Callable, device: str = ""):
+        return work()
 
     def ran(self, rows: int, share: float) -> None: ...
 
