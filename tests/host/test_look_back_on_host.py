@@ -97,19 +97,21 @@ def test_a_sampler_whose_step_is_not_known_is_left_alone(sampler):
     assert on[1].estimated_error == off[1].estimated_error
 
 
-def churned(look_back: bool, churn: float) -> torch.Tensor:
+def churned(look_back: bool, churn: float, **options) -> torch.Tensor:
     patcher = attached(model("flux"), **cached(look_back))
     noise = tiny.noise("flux")
     torch.manual_seed(5)        # of the churn
     with torch.inference_mode():
         return packed(comfy.sample.sample_custom(
-            patcher, noise, 1.0, comfy.samplers.ksampler("euler", {"s_churn": churn}), schedule("flux"), tiny.conditioning("flux", 11),
+            patcher, noise, 1.0, comfy.samplers.ksampler("euler", {"s_churn": churn, **options}), schedule("flux"), tiny.conditioning("flux", 11),
             tiny.conditioning("flux", 12), noise * 0, disable_pbar=True, seed=1))
 
 
 def test_with_churn_euler_is_left_alone():
     assert torch.equal(churned(True, 0.5), churned(False, 0.5)) and not torch.equal(churned(True, 0.0), churned(False, 0.0))
     assert not torch.equal(churned(True, 0.5), churned(True, 0.0)), "there was churn"
+    early = {"s_tmin": 0.9}
+    assert torch.equal(churned(True, 0.5, **early), churned(False, 0.5, **early)), "also where it is only in part of the run"
 
 
 @pytest.mark.parametrize("level", CONCRETE)

@@ -113,6 +113,21 @@ def test_where_sigma_does_not_fall_or_is_not_above_zero_nothing_is_made_up(name)
     assert not is_made_up(back, 3)
 
 
+@pytest.mark.parametrize("skips", [(1,), (1, 3)])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_step_too_short_to_make_up_for_anything_ends_what_is_left_of_it(name, skips):
+    """A sampler of several steps would be told to make up for the last echo there, and again after it."""
+    back = LookBack(SOLVERS[name], [1.0, 0.8, 0.6, 0.4, 0.3, 0.3 * (1 - LEAST / 10), 0.2, 0.0])
+    made_up = []
+    for n in range(7):
+        if n in skips:
+            back.skipped(n, randn(n))
+        else:
+            made_up.append((n, is_made_up(back, n)))
+    assert (2, True) in made_up and not any(told for n, told in made_up if n >= 4)
+    assert back.echo is None and back.first_echo is None
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 def test_after_forget_and_after_a_change_of_shape_nothing_is_made_up(name):
     back = owing(name)
