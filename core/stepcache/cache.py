@@ -111,7 +111,8 @@ class StepCache:
         if self.broken:
             self.forget()
         elif not skipped:
-            for row in self.store.drop(lambda row, newest: newest.step.evaluation < self.computed[0].evaluation):
+            # rows of context windows that moved on; what is below 0 belongs to no condition and is for the whole run
+            for row in self.store.drop(lambda row, newest: row.ordinal >= 0 and newest.step.evaluation < self.computed[0].evaluation):
                 self.grams.pop(row, None)
                 self.hindcast.stood_in.pop(row, None)
 

@@ -36,7 +36,7 @@ def predicting(monkeypatch, call):
 
 LACKS = {
     "to keep": (Store, "keep"), "to score": (Hindcast, "score"), "to read the scores": (Hindcast, "settle"), "to weigh": (Hindcast, "weigh"),
-    "to decide": (block_range.Passage, "decided"),
+    "to decide": (block_range.Passage, "enter"),
 }
 
 
