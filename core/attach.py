@@ -60,7 +60,6 @@ def attach_step_cache(model, settings: Settings, notify: Callable[[Report], None
     """A clone of `model` with the step cache on it; a second one takes the place of the first."""
     clone = model.clone()
     clone.model_options.setdefault("transformer_options", {})[KEY] = Attachment(settings, notify)
-    clone.model_options["transformer_options"][RUN] = None      # as many entries in a run as without one: a compiled model counts them
     for kind, wrapper in WRAPPERS.items():
         clone.remove_wrappers_with_key(kind, KEY)
         clone.add_wrapper_with_key(kind, KEY, wrapper)
@@ -86,12 +85,15 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs
     if attachment is None:      # a guider that took the wrappers along but not the options
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     run, report = open_run(attachment.settings, guider, noise.shape, sampler, sigmas)
-    if run is None:
-        attachment.tell(report)
-        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     options = guider.model_options
     guider.model_options = comfy.model_patcher.create_model_options_clone(options)
-    guider.model_options["transformer_options"][RUN] = run
+    guider.model_options["transformer_options"][RUN] = run      # none too: a compiled model counts the entries
+    if run is None:
+        attachment.tell(report)
+        try:
+            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        finally:
+            guider.model_options = options
     if MASK_HOOK in options:
         guider.model_options[MASK_HOOK] = watched(options[MASK_HOOK], run)
     ended = False

@@ -135,6 +135,8 @@ def test_an_amd_gpu_is_not_usable(gpu, monkeypatch):
 @pytest.mark.parametrize("fault", [RuntimeError("Failed to find C compiler"), FileNotFoundError("ptxas"), ImportError("DLL load failed")], ids=str)
 def test_a_triton_that_cannot_compile_is_told_of_once_and_torch_does_the_work(gpu, fault, caplog):
     gpu((8, 9), fault)
+    caplog.set_level("DEBUG")       # whatever ran before may have asked for silence
+    caplog.set_level("DEBUG", logger="reprise")
     assert [_triton.usable(torch.device("cuda", 0)) for _ in range(2)] == [False, False]
     (record,) = caplog.records
     assert str(fault) in record.getMessage() and "plain torch" in record.getMessage()
