@@ -268,16 +268,20 @@ def diffusion_model(executor, *args, **kwargs):
     if options is None:
         options = next((a for a in reversed(args) if isinstance(a, dict) and "sigmas" in a), {})
     run = options.get(RUN)
-    if run is None or not run.family.wrapped:
+    if run is None or not run.family.wrapped or run.level.seam is not Seam.NETWORK:
         return executor(*args, **kwargs)
-    signature = inspect.signature(executor.original)
+
+    def bound():
+        return inspect.signature(executor.original).bind(*args, **kwargs)
 
     def compute(**changed):
-        bound = signature.bind(*args, **kwargs)
-        bound.arguments.update(changed)
-        return executor(*bound.args, **bound.kwargs)
+        if not changed:
+            return executor(*args, **kwargs)
+        call = bound()
+        call.arguments.update(changed)
+        return executor(*call.args, **call.kwargs)
 
-    arguments = signature.bind(*args, **kwargs).arguments
+    arguments = bound().arguments if run.family.kind == "unet" else None
     return in_network(run, options, args[0] if args else kwargs.get("x"), executor.class_obj, compute, arguments)
 
 

@@ -108,7 +108,7 @@ class Run:
         governor = Governor(start_sigma, end_sigma, skips, max(settings.warm_up, family.warm_up), settings.last_steps)
         solver = SOLVERS.get(sampler) if getattr(self.level, "look_back", False) and plain else None
         policy = settings.policy
-        if facts is not None and hasattr(policy, "bound"):
+        if facts is not None:       # the run was asked for them by a policy that depends on it
             policy = policy.bound(read, facts, skips, self.may_skip(governor, min(c.history for c in candidates)), solver is not None)
             if policy.note:
                 self.report.add_reason(policy.note)

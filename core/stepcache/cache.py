@@ -114,7 +114,6 @@ class StepCache:
             # rows of context windows that moved on; what is below 0 belongs to no condition and is for the whole run
             for row in self.store.drop(lambda row, newest: row.ordinal >= 0 and newest.step.evaluation < self.computed[0].evaluation):
                 self.grams.pop(row, None)
-                self.hindcast.stood_in.pop(row, None)
 
     # rows, called by the levels and by what finds the rows for them ----------------------------------------------
     def enter(self, rows: tuple[Row, ...]) -> bool:

@@ -56,7 +56,6 @@ class BlockRange:
             share = passage.share
         elif passage.skipped:       # nothing put the prediction in
             result = passage.begun = passage.anchor = None      # memory may be what was lacking
-            result = passage.begun = passage.anchor = None      # memory may be what was lacking
             result = compute()
         cache.ran(len(call.rows), share)
         return result
