@@ -85,7 +85,8 @@ class Run:
                  read: Callable[[str], Profile] | None = None, latents: Sequence[Sequence[int]] = ()):
         """`plain` says that the sampler runs without churn, which would put noise between two steps; `guidance` is the CFG scale.
 
-        `shape` is the latent's, `latents` those of the ones that it is packed from, if of several. `facts` and `read`, which gives a profile by name, are for policies that depend on the run.
+        `shape` is the latent's, `latents` those of the ones that it is packed from, if of several. `facts` and `read`, which
+        gives a profile by name, are for policies that depend on the run.
         """
         self.family, self.level, self.shape = family, settings.level.resolve(settings.policy), shape
         self.clock = Clock(sigmas, flow)
