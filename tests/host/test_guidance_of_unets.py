@@ -7,6 +7,7 @@ from comfy_extras.nodes_sag import SelfAttentionGuidance
 from harness import EVERY_SECOND, STEPS, Never, attached, decisions, model, relative, replay_errors, run, sample
 from unets import ANY_LEVELS, CASES, PICTURES, PLAIN
 
+
 def on_another_picture(patched):
     """The positive condition once more, as it is, on another x."""
     def behind_guidance(args):
