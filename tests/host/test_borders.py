@@ -390,6 +390,27 @@ def test_windows_that_move_from_step_to_step_are_never_predicted_from_others(lev
     assert max(errors) < 1e-6 and decisions(reports[0]).count(False) > 0
 
 
+def test_a_window_that_was_not_there_when_last_computed_is_computed():
+    """What is kept of one window says nothing of another that comes in its place."""
+    get = comfy.context_windows
+    patcher, each = model("flux").clone(), []
+    patcher.model_options["context_handler"] = get.IndexListContextHandler(
+        get.get_matching_context_schedule("standard_uniform"), get.get_matching_fuse_method("pyramid"),
+        context_length=8, context_overlap=2, context_stride=1, closed_loop=True, dim=3)
+    patched = attached(patcher, policy=At(tuple(range(1, 24, 2))), level="model output", reports=(reports := []))
+    patched = spied(patched, WrappersMP.PREDICT_NOISE, lambda executor, args, kwargs: each.append([]))
+    patched = spied(patched, WrappersMP.CALC_COND_BATCH, lambda executor, args, kwargs: each[-1].append(
+        tuple(args[4]["transformer_options"]["context_window"].index_list)))
+    sample(patched, "flux", size=(8, 28), steps=24)
+    known, wanted = set(), []
+    for n, windows in enumerate(each):
+        new = [window for window in windows if window not in known]
+        wanted.append(len(new) / len(windows) if n % 2 and n < 23 else 1.0)
+        known = known | set(new) if wanted[-1] < 1 else set(windows)
+    assert [evaluation.share for evaluation in reports[0].each] == pytest.approx(wanted)
+    assert any(0 < share < 1 for share in wanted), "no window moves between a computed step and a skip, so the test would prove nothing"
+
+
 @HERE
 @pytest.mark.parametrize(("name", "method"), [("flux", "index"), ("flux2", "index"), ("flux2", "index_timestep_zero")])
 def test_a_kv_cache_that_shortens_the_stream_after_its_first_call_is_served(level, name, method):
