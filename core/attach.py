@@ -84,7 +84,7 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs
     attachment = guider.model_options.get("transformer_options", {}).get(KEY)
     if attachment is None:      # a guider that took the wrappers along but not the options
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-    run, report = open_run(attachment.settings, guider, noise.shape, sampler, sigmas)
+    run, report = open_run(attachment.settings, guider, noise.shape, sampler, sigmas, kwargs.get("latent_shapes") or ())
     options = guider.model_options
     guider.model_options = comfy.model_patcher.create_model_options_clone(options)
     guider.model_options["transformer_options"][RUN] = run      # none too: a compiled model counts the entries
@@ -109,7 +109,7 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs
         attachment.tell(report)
 
 
-def open_run(settings: Settings, guider, shape, sampler, sigmas) -> tuple[Run | None, Report]:
+def open_run(settings: Settings, guider, shape, sampler, sigmas, latents=()) -> tuple[Run | None, Report]:
     """The run, or None and a report that says why there is none."""
     options = guider.model_options["transformer_options"]
     name = sampler_name(sampler)
@@ -131,7 +131,7 @@ def open_run(settings: Settings, guider, shape, sampler, sigmas) -> tuple[Run | 
         own = type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise      # such as two CFG scales
         facts = facts_of(guider.model_patcher, sampler, schedule, shape[1:], math.nan if own else guidance)
     run = Run(settings, family, schedule, flow, name, math.inf if settings.start_percent <= 0 else start, end if settings.end_percent < 1 else 0.0,
-              plain, guidance, shape, facts, partial(read, profiles_folder()))
+              plain, guidance, shape, facts, partial(read, profiles_folder()), latents)
     if isinstance(run.level, BlockRange) and not family.stacks:
         run.without_blocks(GuidedOutput(), f"{family.name} is of no known model family")
     if run.level.seam is Seam.NETWORK and compiled_whole(guider.model_patcher, options):

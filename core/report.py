@@ -47,6 +47,12 @@ class Report:
     def computed(self) -> int:
         return sum(e.computed for e in self.each)
 
+    @property
+    def time_share(self) -> float | None:
+        """Of the time that computing every evaluation would have taken, going by those that were computed; None without a skip."""
+        times = [e.ms for e in self.each if e.computed and e.ms > 0]
+        return 1000 * self.seconds / (median(times) * len(self.each)) if times and self.computed < len(self.each) else None
+
     def add_reason(self, why: str) -> None:
         if why not in self.reason:
             self.reason = f"{self.reason}; {why}" if self.reason else why
@@ -74,4 +80,6 @@ class Report:
             worst = max(e.hindcast_error for e in checked)
             text += f" (a skip, checked at {len(checked)} computed steps: expected {told:.1%}, measured {found:.1%}, at worst {worst:.1%})"
         text += f", {self.seconds:.2f} s"
+        if self.time_share is not None:
+            text += f", {self.time_share:.0%} of the time of computing all"
         return text + (f" ({self.reason})" if self.reason else "")

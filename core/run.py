@@ -1,4 +1,5 @@
 """One sampling run: it begins, knows where it is, and ends. It owns every tensor that lives across evaluations."""
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -81,10 +82,11 @@ class Run:
 
     def __init__(self, settings: Settings, family: Family, sigmas: list[float], flow: bool, sampler: str, start_sigma: float, end_sigma: float,
                  plain: bool = True, guidance: float = 1.0, shape: Sequence[int] = (), facts: Facts | None = None,
-                 read: Callable[[str], Profile] | None = None):
+                 read: Callable[[str], Profile] | None = None, latents: Sequence[Sequence[int]] = ()):
         """`plain` says that the sampler runs without churn, which would put noise between two steps; `guidance` is the CFG scale.
 
-        `shape` is the latent's. `facts` and `read`, which gives a profile by name, are for policies that depend on the run.
+        `shape` is the latent's, `latents` those of the ones that it is packed from, if of several. `facts` and `read`, which
+        gives a profile by name, are for policies that depend on the run.
         """
         self.family, self.level, self.shape = family, settings.level.resolve(settings.policy), shape
         self.clock = Clock(sigmas, flow)
@@ -120,6 +122,8 @@ class Run:
         store = partial(Store, storage=settings.storage, budget=budget and budget - self.look_back_bytes,
                         away=page_locked if settings.device == "cpu" else None)
         self.cache = StepCache(policy, candidates, governor, self.report, settings.correction.start(), look_back, guidance, store)
+        if len(latents) > 1:
+            self.cache.packed = tuple(math.prod(latent[1:]) for latent in latents)
         refuses = getattr(policy, "refuses", None)
         if refuses is not None and (why := refuses(family.name, self.clock.steps, sampler)):
             self.cache.give_up(f"{why}, so everything is computed")

@@ -38,6 +38,7 @@ class StepCache:
         self.store = store(depth)
         self.grams: dict[Row, tuple[list[int], Gram]] = {}     # dot products of a row's snapshots, and whose they are
         self.computed: deque[Step] = deque(maxlen=depth)
+        self.packed: tuple[int, ...] = ()    # sizes of the latents that the host packs into one tensor, as video and sound; each is scored apart
         self.notes: dict = {}                # what a level remembers of the network over the run; no tensors
         self.lock = threading.Lock()         # the host may evaluate conditions in several threads, one per GPU
         self.skipped_in_a_row, self.look_back, self.budget = 0, look_back, ErrorBudget(guidance, look_back is not None)
@@ -145,7 +146,8 @@ class StepCache:
             values = [s.value for s in used]
         if row.ordinal == 0:
             with self.lock:
-                self.hindcast.stood_in.setdefault(row, []).append((self.step, combine(weights, [sampled(value) for value in values])))
+                for part, cut in self.parts(row, values[0]):
+                    self.hindcast.stood_in.setdefault(part, []).append((self.step, combine(weights, [sampled(cut(value)) for value in values])))
         return combine(weights, values, anchor)
 
     def guess(self, predictor: Predictor, row: Row, past: tuple[Snapshot, ...]) -> Guess:
@@ -182,18 +184,24 @@ class StepCache:
                     guesses = [self.guess(candidate, row, past) for candidate in self.hindcast.candidates if candidate.history <= len(past)]
                 if row.ordinal == 0:
                     gram, said = self.gram(row, past), {guess.predictor: self.correcting.apply(guess) for guess in guesses}
-                    seen, actual = past, value
-                    if past[-1].came is not None:       # fetched one by one, and no more of it than a score looks at
-                        seen, actual = [Snapshot(s.step, sampled(s.value).clone()) for s in past], sampled(value)
-                        said = {predictor: sampled(guess) for predictor, guess in said.items()}
-                    self.hindcast.measure(row, seen, self.step, actual)
-                    self.hindcast.score(seen, self.step, actual, gram, said)
+                    for part, cut in self.parts(row, value):
+                        # what has to be fetched comes one by one, and no more of it stays than a score looks at
+                        look = cut if past[-1].came is None else lambda t, cut=cut: sampled(cut(t)).clone()
+                        seen, actual = [Snapshot(s.step, look(s.value)) for s in past], look(value)
+                        self.hindcast.measure(part, seen, self.step, actual)
+                        self.hindcast.score(seen, self.step, actual, gram, {predictor: look(guess) for predictor, guess in said.items()})
             if self.correcting is not None:
                 self.correcting.learn(row, self.step, value, guesses)
             depth = self.store.depth
             self.store.put(row, self.step, value)
             if self.store.depth < depth:
                 self.shorten()
+
+    def parts(self, row: Row, value: Tensor) -> list[tuple[Row, Callable[[Tensor], Tensor]]]:
+        """What of a row's tensor is scored apart, so that the longest does not drown the others: under which row, and how it is cut out."""
+        if not self.packed or value.shape[1:] != (1, sum(self.packed)):
+            return [(row, lambda whole: whole)]
+        return [(row._replace(stream=f"latent {n}"), lambda whole, n=n: whole.split(self.packed, -1)[n].contiguous()) for n in range(len(self.packed))]
 
     def handed_out(self, d: Tensor) -> Tensor:
         """The derivative to hand out where `d` stands in for the whole evaluation."""

@@ -1,6 +1,6 @@
 """Where a run may not skip, and what nothing is predicted across: the ends of a run, masks, shapes, hooks, tokens, another expert."""
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import comfy.context_windows
 import comfy.hooks
@@ -15,6 +15,8 @@ from harness import CONCRETE, EVERY_SECOND, QUICK, STEPS, At, attached, decision
 
 from pack.core import families
 from pack.core.attach import RUN, acting, move
+from pack.core.stepcache.cache import StepCache
+from pack.core.stepcache.signal import MODEL_INPUT
 from testbed import tiny
 
 ALWAYS = At(tuple(range(100)))
@@ -216,6 +218,35 @@ def test_inpainting_keeps_what_lies_outside_the_mask(name, level, policy):
     assert not all(decisions(report))
 
 
+@dataclass(frozen=True)
+class Foresees:
+    """A test policy: notes what its signal expects of the output, and computes."""
+
+    told: list
+    name = "foresees"
+    needs_forward = False
+    signal = MODEL_INPUT
+
+    def skip(self, view):
+        flow = view.signal.flow
+        self.told.append(flow and flow.rate and flow.rate * flow.travel / flow.output_norm)
+        return False
+
+
+@pytest.mark.parametrize("loud", [1.0, 30.0], ids=["a picture", "a loud picture"])
+@EACH
+def test_under_a_mask_a_gate_on_the_input_foresees_the_output_however_much_the_host_rewrites(name, loud, monkeypatch):
+    """The host puts the noised picture outside the mask into x on every step; only what the model makes of it counts."""
+    told, outputs, learn = [], [], StepCache.learn
+    monkeypatch.setattr(StepCache, "learn", lambda self, row, value: outputs.append(value.clone()) or learn(self, row, value))
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., 2:6] = 1
+    run(model(name), name, cached={"policy": Foresees(told), "level": "guided output"}, noise_mask=mask, latent=loud * tiny.noise(name, seed=21))
+    actual = [relative(now, before) for before, now in zip(outputs, outputs[1:], strict=False)]
+    foreseen = told[1:]     # the first computed step has none before it
+    assert len(foreseen) == STEPS - 3 and all(0.5 < expected / happened < 1.8 for expected, happened in zip(foreseen, actual[1:], strict=False))
+
+
 # shapes and types ------------------------------------------------------------------------------------------------------
 def changing(change, at=6):
     """A sampler of Euler steps that changes x once."""
@@ -330,6 +361,19 @@ def test_nothing_is_predicted_across_another_strength_of_a_hook(name, level, key
     assert relative(latent, host) < 0.3
 
 
+@HERE
+@EACH
+def test_prompts_with_a_lora_of_their_own_and_without_keep_apart(name, level):
+    """The host evaluates prompts of unlike hooks one by one."""
+    both = hooked(name, (1.0, 0.0, 1)) + tiny.conditioning(name, 11)
+    assert relative(sample(model(name), name, positive=both), plain(name)) > 0.005, "the LoRA does too little to be missed"
+    rows: list = []
+    patched = spied(attached(model(name), policy=EVERY_SECOND, level=level, reports=(reports := [])), WrappersMP.APPLY_MODEL,
+                    lambda executor, args, kwargs: rows.append(len(args[5]["uuids"])))
+    assert max(replay_errors(patched, name, positive=both, negative=tiny.conditioning(name, 14))) < 1e-6
+    assert decisions(reports[0]).count(False) == 11 and min(rows) < 3
+
+
 # tokens ----------------------------------------------------------------------------------------------------------------
 @HERE
 def test_windows_that_move_from_step_to_step_are_never_predicted_from_others(level):
@@ -344,6 +388,27 @@ def test_windows_that_move_from_step_to_step_are_never_predicted_from_others(lev
     errors = replay_errors(patched, "flux", size=(8, 28))
     assert len(set(windows)) > 6, "the windows stand still, so the test would prove nothing"
     assert max(errors) < 1e-6 and decisions(reports[0]).count(False) > 0
+
+
+def test_a_window_that_was_not_there_when_last_computed_is_computed():
+    """What is kept of one window says nothing of another that comes in its place."""
+    get = comfy.context_windows
+    patcher, each = model("flux").clone(), []
+    patcher.model_options["context_handler"] = get.IndexListContextHandler(
+        get.get_matching_context_schedule("standard_uniform"), get.get_matching_fuse_method("pyramid"),
+        context_length=8, context_overlap=2, context_stride=1, closed_loop=True, dim=3)
+    patched = attached(patcher, policy=At(tuple(range(1, 24, 2))), level="model output", reports=(reports := []))
+    patched = spied(patched, WrappersMP.PREDICT_NOISE, lambda executor, args, kwargs: each.append([]))
+    patched = spied(patched, WrappersMP.CALC_COND_BATCH, lambda executor, args, kwargs: each[-1].append(
+        tuple(args[4]["transformer_options"]["context_window"].index_list)))
+    sample(patched, "flux", size=(8, 28), steps=24)
+    known, wanted = set(), []
+    for n, windows in enumerate(each):
+        new = [window for window in windows if window not in known]
+        wanted.append(len(new) / len(windows) if n % 2 and n < 23 else 1.0)
+        known = known | set(new) if wanted[-1] < 1 else set(windows)
+    assert [evaluation.share for evaluation in reports[0].each] == pytest.approx(wanted)
+    assert any(0 < share < 1 for share in wanted), "no window moves between a computed step and a skip, so the test would prove nothing"
 
 
 @HERE

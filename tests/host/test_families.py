@@ -27,6 +27,7 @@ from harness import (
     schedule,
 )
 
+from pack.core import run as core_run
 from pack.core.families import FAMILIES, family_of
 from pack.core.families.base import module_at
 from pack.core.stepcache.cache import StepCache
@@ -303,6 +304,32 @@ def test_sound_keeps_a_residual_of_its_own_and_the_worse_stream_counts(spoilt, m
     assert learnt == {("", 64), ("audio", 32)}
     before, after = ([evaluation.hindcast_error for evaluation in each.each[2:-1]] for each in (clean, report))
     assert all(b > 2 * a for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu"])
+@pytest.mark.parametrize("level", ["guided output", "model output"])
+@pytest.mark.parametrize("spoilt", [0, 1], ids=["video", "audio"])
+def test_where_video_and_sound_lie_in_one_tensor_the_worse_of_them_counts(spoilt, level, device, monkeypatch):
+    """However short: what is expected of a skip is what is expected of the stream that is predicted worst."""
+    video, sound = (latent[:1].numel() for latent in tiny.noise("ltxav").unbind())
+    assert video > 2 * sound, "the sound would count anyway, so the test would prove nothing"
+    monkeypatch.setattr(core_run, "page_locked", torch.empty_like)
+    cached = {"policy": At((5, 6)), "predictor": "hold", "level": level, "device": device}
+    learn, sizes = StepCache.learn, set()
+
+    def alone(streams):
+        def scaled(self, row, value):
+            sizes.add(value.shape[-1])
+            keep = value.split((video, sound), -1)
+            factor = 1 + self.step.evaluation % 2
+            learn(self, row, torch.cat([part * (factor if n in streams else 1) for n, part in enumerate(keep)], -1))
+        monkeypatch.setattr(StepCache, "learn", scaled)
+        _, report = run(model("ltxav"), "ltxav", steps=STEPS, cfg=1.0, cached=cached)
+        assert not any(decisions(report)[5:7])
+        return [e.hindcast_error for e in report.each if e.computed][2:-1]
+
+    one, both = alone((spoilt,)), alone((0, 1))
+    assert sizes == {video + sound} and all(a > 0.6 * b > 0 for a, b in zip(one, both, strict=True))
 
 
 def test_a_model_of_video_and_sound_may_be_given_video_alone():

@@ -1,9 +1,11 @@
 """A model that is not, or no longer, what its family's facts say: the run goes on at a safer level and says so."""
 from dataclasses import replace
+from functools import wraps
 
 import pytest
 import torch
-from harness import At, Gate, blocks, decisions, family, levelled, model, network, run, sample
+from harness import At, Gate, Never, blocks, decisions, family, levelled, model, network, relative, run, sample
+from unets import UNET_LEVELS
 
 from pack.core.families import FAMILIES
 from pack.core.families.base import argument
@@ -39,6 +41,65 @@ def test_a_model_that_is_not_as_its_family_says_goes_on_at_model_output(name, wr
     assert decisions(report).count(False) == 3 and torch.isfinite(latent).all()
     assert torch.equal(latent, run(model(name), name, steps=STEPS, cached={"policy": At((3, 5, 6)), "level": "model output"})[0])
     assert [dict(vars(block)) for _, block in facts.blocks(net)] == before
+
+
+@pytest.mark.parametrize("name", [*FIRSTS, "sd15_like"])
+def test_the_forward_that_runs_is_the_hosts_whatever_it_has_come_to_be(name, monkeypatch):
+    """No forward is copied: what an update changes in it is there on computed steps and on skips."""
+    net, calls = network(model(name)), []
+    own = "_forward" if hasattr(net, "_forward") else "forward"     # the one that wrappers do not go around
+    forward = getattr(type(net), own)
+
+    @wraps(forward)
+    def updated(self, *args, **kwargs):
+        calls.append(1)
+        out = forward(self, *args, **kwargs)
+        return [1.25 * part for part in out] if isinstance(out, list) else 1.25 * out
+
+    monkeypatch.setattr(type(net), own, updated)
+    host = sample(model(name), name, steps=STEPS, cfg=1.0)
+    assert calls and torch.isfinite(host).all()
+    levels = [levelled(1, 0), {"level": "model output"}] if name in FIRSTS else [{"level": level} for level in ("unet depth", "unet encoder", "model output")]
+    for level in levels:
+        calls.clear()
+        latent, report = run(model(name), name, steps=STEPS, cfg=1.0, cached={"policy": Never(), **level})
+        assert torch.equal(latent, host) and len(calls) == STEPS
+        calls.clear()
+        _, report = run(model(name), name, steps=STEPS, cfg=1.0, cached={"policy": At((3, 5, 6)), **level})
+        assert report.level == level["level"] and not report.reason
+        assert len(calls) == STEPS - (3 if level["level"] == "model output" else 0)
+
+
+@pytest.mark.parametrize("change", ["forward", "input_blocks", "middle_block", "output_blocks"])
+@pytest.mark.parametrize("level", UNET_LEVELS)
+def test_a_unet_that_is_not_as_it_was_goes_on_at_model_output(level, change, monkeypatch):
+    """Its forward takes its arguments in another way, or its blocks have another name."""
+    patched = tiny.patcher("sd15_like")
+    net = network(patched)
+    if change == "forward":
+        forward = type(net)._forward
+        monkeypatch.setattr(type(net), "_forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs))
+    else:
+        kept = {change: net._modules.pop(change)}
+        monkeypatch.setattr(type(net), "_forward", renamed(type(net)._forward, kept))
+    host = sample(patched, "sd15_like", steps=STEPS)
+    latent, report = run(patched, "sd15_like", steps=STEPS, cached={"policy": At((3, 5, 6)), "level": level})
+    assert report.level == "model output" and "is not built as expected" in report.reason and decisions(report).count(False) == 3
+    assert 0 < relative(latent, host) < 0.2
+    assert torch.equal(latent, run(patched, "sd15_like", steps=STEPS, cached={"policy": At((3, 5, 6)), "level": "model output"})[0])
+
+
+def renamed(forward, kept: dict):
+    """A forward that finds its blocks where nobody else does."""
+    @wraps(forward)
+    def function(self, *args, **kwargs):
+        self._modules.update(kept)
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            for name in kept:
+                del self._modules[name]
+    return function
 
 
 def test_a_gate_without_blocks_to_look_at_computes_everything_and_says_so(monkeypatch):

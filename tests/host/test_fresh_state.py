@@ -1,10 +1,13 @@
 """Every run begins anew, whatever became of the one before."""
+from dataclasses import replace
+
 import comfy.model_management
 import comfy.sample
 import pytest
 import torch
 from harness import CONCRETE, QUICK, STEPS, attached, blocks, decisions, model, run, sample, sample_by
 
+from pack.core.stepcache.policies import POLICIES
 from testbed import tiny
 
 
@@ -20,6 +23,19 @@ def test_runs_of_one_model_do_not_know_of_each_other(name, level):
         assert decisions(reports[-1]) == decisions(report) and reports[-1].evaluations == report.evaluations
         assert decisions(report).count(False) >= 3
     assert len(reports) == len(fresh)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_policy_remembers_a_run(policy):
+    """The same patched model again, as when the host serves the node from its cache: after a longer run and one of another size."""
+    reports: list = []
+    patched = attached(model("flux"), policy=policy, predictor="automatic", reports=reports)
+    first = sample(patched, "flux", steps=20)
+    for between in ({"steps": 25}, {"size": (8, 12), "steps": 20}):
+        sample(patched, "flux", **between)
+    assert torch.equal(sample(patched, "flux", steps=20), first)
+    one, *_, other = ([replace(e, ms=0.0) for e in report.each] for report in reports)
+    assert one == other and reports[0].reason == reports[-1].reason and reports[0].cache_bytes == reports[-1].cache_bytes
 
 
 @pytest.mark.parametrize("error", [comfy.model_management.InterruptProcessingException, RuntimeError])

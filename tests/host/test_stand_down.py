@@ -2,11 +2,26 @@
 import comfy.k_diffusion.sampling
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from harness import CONCRETE, QUICK, Never, attached, decisions, model, network, plain, run, sample
 
-from pack.core.stepcache.governor import stand_down
+from pack.core.stepcache.governor import SKIPPER_MODELS, SKIPPER_OPTIONS, SKIPPER_WRAPPERS, stand_down
 from testbed import tiny
+
+PASS = lambda executor, *args, **kwargs: executor(*args, **kwargs)
+
+
+def named(patched, kind: str):
+    """The diffusion model as one of another class, which another pack's loader leaves there."""
+    network(patched).__class__ = type(kind, (type(network(patched)),), {})
+
+
+SIGNS = {f"{name}: wrapper {key}": lambda patched, key=key: patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, key, PASS)
+         for key, name in SKIPPER_WRAPPERS.items()}
+SIGNS |= {f"{name}: option {key}": lambda patched, key=key: patched.model_options["transformer_options"].update({key: 0.1})
+          for key, name in SKIPPER_OPTIONS.items()}
+SIGNS |= {f"{says.split(chr(39))[0]}: class {kind}": lambda patched, kind=kind: named(patched, kind) for kind, says in SKIPPER_MODELS.items()}
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["placed before", "placed after"])
@@ -28,6 +43,18 @@ def test_the_other_step_skipper_is_named(node):
     reports: list = []
     sample(node.execute(attached(model("flux"), reports=reports), 0.2, 0.15, 0.95, False).result[0], "flux")
     assert reports[0].reason.startswith(node.__name__.removesuffix("Node"))
+
+
+@pytest.mark.parametrize("level", CONCRETE)
+@pytest.mark.parametrize("kind", SIGNS)
+def test_every_sign_of_another_step_cache_turns_ours_off_and_the_log_says_so(kind, level, caplog):
+    patched = tiny.patcher("flux")
+    SIGNS[kind](patched)
+    wanted = sample(patched, "flux")
+    with caplog.at_level("INFO"):
+        latent, report = run(patched, "flux", cached={"level": level})
+    assert torch.equal(latent, wanted) and report.state == "off" and not report.each
+    assert kind.split(":")[0] in report.reason and [record.message for record in caplog.records if "Step Cache" in record.message] == [report.line()]
 
 
 @pytest.mark.parametrize("policy", ["interval", Never()], ids=["skips", "never"])
@@ -57,11 +84,13 @@ def test_a_sampler_that_counts_on_every_evaluation_is_left_alone():
 @pytest.mark.parametrize("level", CONCRETE)
 @pytest.mark.parametrize("steps", [1, 4, 8])
 @pytest.mark.parametrize("name", QUICK)
-def test_a_run_of_few_steps_is_left_alone(name, steps, level):
+def test_a_run_of_few_steps_is_left_alone(name, steps, level, caplog):
+    caplog.set_level("INFO")
     latent, report = run(model(name), name, steps=steps, cached={"level": level, "policy_knobs": {"warm_up": 1}})
     assert torch.equal(latent, sample(model(name), name, steps=steps))
     assert report.state == "off" and report.steps == steps and f"{steps} step" in report.reason
     assert report.as_dict()["computed_steps"] == 0 and report.evaluations == 0
+    assert [record.message for record in caplog.records if record.name == "reprise"] == [report.line()] and report.reason in report.line()
 
 
 def test_nine_steps_are_enough():

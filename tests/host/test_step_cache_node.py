@@ -192,7 +192,8 @@ def test_the_node_with_its_defaults_saves_evaluations_and_stays_near(name, caplo
         latent = sample(execute(model(name), preset="balanced"), name, steps=20)
     assert 0 < relative(latent, plain(name, steps=20)) < 0.1
     (line,) = [record.getMessage() for record in caplog.records if record.name == "reprise"]
-    assert line.startswith("Step Cache: ") and "of 20 evaluations" in line and "skipped" in line and torch.isfinite(latent).all()
+    assert line.startswith("Step Cache: ") and "of 20 evaluations" in line and "skipped" in line
+    assert "estimated error" in line and "% of the time of computing all" in line and torch.isfinite(latent).all()
 
 
 def test_a_report_reaches_the_server_when_one_runs(monkeypatch):

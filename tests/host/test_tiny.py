@@ -4,7 +4,7 @@ import time
 import comfy.sd
 import pytest
 import torch
-from harness import STEPS, assert_moves, model, packed, relative, sample
+from harness import STEPS, assert_moves, family, model, network, packed, relative, sample
 
 from pack.core.families import FAMILIES, family_of
 from testbed import tiny
@@ -46,8 +46,8 @@ def test_a_seed_is_a_model():
 
 def test_every_family_has_a_tiny_model_and_unsupported_ones_have_none():
     assert set(tiny.OF_FAMILY) == set(FAMILIES)
-    for family, names in tiny.OF_FAMILY.items():
-        assert all(family_of(model(name).model.diffusion_model) is FAMILIES[family] for name in names)
+    for kind, names in tiny.OF_FAMILY.items():
+        assert all(family_of(model(name).model.diffusion_model) is FAMILIES[kind] for name in names)
     assert all(family_of(model(name).model.diffusion_model) is None for name in tiny.UNSUPPORTED)
 
 
@@ -55,6 +55,57 @@ def test_every_family_has_a_tiny_model_and_unsupported_ones_have_none():
 def test_gates_and_modulation_are_alive(name):
     dead = [key for key, p in model(name).model.diffusion_model.named_parameters() if not p.any()]
     assert not dead
+
+
+@pytest.mark.parametrize("name", [name for names in tiny.OF_FAMILY.values() for name in names])
+def test_every_block_moves_its_stream(name):
+    """A gate of zero would leave it as it was, and a skip of such blocks would be right whatever it puts there."""
+    net, moved = network(model(name)), {}
+
+    def told(place, stream, before, after):
+        if before.shape == after.shape and before.numel():
+            moved.setdefault((place, stream), []).append(relative(after.float(), before.float()))
+
+    def block(place, stack):
+        def before(module, args, kwargs):
+            taken[place] = {stream: value.clone() for stream, value in stack.taken(args, kwargs).items() if torch.is_tensor(value)}
+
+        def after(module, args, result):
+            given = stack.given(result)
+            for stream, value in taken.pop(place).items():
+                if torch.is_tensor(given[stream]):      # some last blocks drop the text
+                    told(place, stream, value, given[stream])
+        return before, after
+
+    taken, hooks, every = {}, [], family(name).blocks(net)
+    for place, (stack, module) in enumerate(every):
+        before, after = block(place, stack)
+        hooks += [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+    layers = [m for m in net.modules() if type(m).__name__ in ("ResBlock", "VideoResBlock", "SpatialTransformer", "SpatialVideoTransformer")]
+    for place, module in enumerate(layers if not every else ()):
+        hooks.append(module.register_forward_hook(lambda module, args, out, place=place: told(place, "h", args[0], out)))
+    try:
+        sample(model(name), name, steps=2, cfg=1.0)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len({place for place, _ in moved}) == len(every) or (not every and len(moved) >= len(layers) / 2)
+    still = {where: min(how) for where, how in moved.items() if min(how) < 1e-2}
+    assert not still
+
+
+@pytest.mark.parametrize("name", [name for names in tiny.OF_FAMILY.values() for name in names])
+def test_time_is_slow(name):
+    """The fast frequencies of the first time embedding are left out, the slow ones are there."""
+    found = 0
+    for key, p in network(model(name)).named_parameters():
+        for columns in (columns or p.shape[1] for end, columns in tiny.TIME_IN.items() if key.endswith(end)):
+            half = columns // 2
+            fast = torch.arange(half) < int(tiny.SLOW * half)
+            assert not p[:, :columns][:, fast.repeat(2)].any(), key
+            assert p[:, half - 1].any() and p[:, columns - 1].any(), key
+            found += 1
+    assert found
 
 
 def test_the_larger_model_is_large_and_is_made_in_a_moment():

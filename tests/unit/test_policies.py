@@ -420,4 +420,4 @@ def test_reasons_to_stand_down():
     assert "8 step" in stand_down(FEWEST_STEPS - 1, set(), set())
     assert "nunchaku" in stand_down(20, set(), set(), "ComfyFluxWrapper")
     assert "EasyCache" in stand_down(20, {"easycache"}, set()) and "LazyCache" in stand_down(20, {"lazycache"}, set())
-    assert "TeaCache" in stand_down(20, set(), {"rel_l1_thresh"})
+    assert "TeaCache" in stand_down(20, set(), {"rel_l1_thresh"}) and "MagCache" in stand_down(20, set(), {"magcache_thresh"})

@@ -35,6 +35,15 @@ def test_the_line_tells_what_was_saved_and_how_far_off_it_is():
     assert "estimated error 2.1% of the latent" in line and "expected" in line and "measured" in line and "1.50 s" in line and line.endswith("(a reason)")
 
 
+def test_the_line_tells_what_share_of_the_time_it_took():
+    """Against the middle one of the computed evaluations: the first of them may load or compile something."""
+    times = [(True, 900.0), (True, 100.0), (False, 10.0), (False, 10.0), (True, 100.0)]
+    report = Report(each=[Evaluation(1.0, computed, float(computed), ms=ms) for computed, ms in times], seconds=0.25)
+    assert report.time_share == pytest.approx(0.25 / 0.5) and "0.25 s, 50% of the time of computing all" in report.line()
+    for untold in (Report(each=report.each[:2], seconds=1.0), Report(each=[Evaluation(1.0, False, 0.0, ms=1.0)], seconds=1.0), ran(), Report()):
+        assert untold.time_share is None and "of the time" not in untold.line()
+
+
 def test_a_run_without_skips_claims_no_saving_and_no_error():
     report = Report(each=[Evaluation(1.0, True, 1.0, 0.1, 0.1)] * 9)
     assert report.line().startswith("Step Cache: 9 of 9 evaluations, 9 computed, 0 skipped") and "fewer" not in report.line()

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ...families import Unfamiliar
 from ...families.unet import costs
 from .base import Seam
 
 INDEX = "transformer_index"     # the host counts attention blocks, and patches may go by that number
+CONTAINERS = ("input_blocks", "middle_block", "output_blocks")
 BLOCK_PATCHES = ("input_block_patch", "input_block_patch_after_skip", "output_block_patch")
 
 
@@ -27,6 +29,7 @@ class UnetLevel:
         return self
 
     def evaluate(self, cache, call, compute):
+        check(call)
         n, options = len(call.rows), call.arguments["transformer_options"]
         if "middle_block_after_patch" in options.get("patches", {}):
             cache.give_up("a patch behind the middle block counts on every block, as SUPIR's does, so everything is computed; choose guided output")
@@ -63,6 +66,15 @@ class UnetLevel:
         if ("costs", pixels) not in cache.notes:
             cache.notes["costs", pixels] = costs(call.network, pixels)
         return cache.notes["costs", pixels].share(*self.running(call))
+
+
+def check(call) -> None:
+    """Whether what is to be changed is there; an update of the host may have moved it."""
+    if "transformer_options" not in call.arguments:
+        raise Unfamiliar("its forward does not tell its arguments by name")
+    for name in CONTAINERS:
+        if not hasattr(call.network, name):
+            raise Unfamiliar(f"{type(call.network).__name__} has no {name}")
 
 
 @contextmanager
