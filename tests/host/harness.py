@@ -25,6 +25,7 @@ STEPS = 12
 QUICK = ["flux", "z_image", "ltxv"]     # what levels, policies and guidance are tested on; test_families has a model of every class
 NAMES = QUICK
 CONCRETE = [name for name, level in LEVELS.items() if hasattr(level, "seam") and level.serves != "unet"]     # for UNets see test_unet
+OF_BLOCKS = [name for name in CONCRETE if LEVELS[name].serves == "transformer"]
 
 
 @cache

@@ -11,10 +11,29 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from comfy_extras.nodes_flux import FluxKVCache
-from harness import CONCRETE, EVERY_SECOND, QUICK, STEPS, At, attached, decisions, family, model, plain, relative, replay_errors, run, sample, sample_by, spied
+from harness import (
+    CONCRETE,
+    EVERY_SECOND,
+    OF_BLOCKS,
+    QUICK,
+    STEPS,
+    At,
+    attached,
+    decisions,
+    family,
+    model,
+    plain,
+    relative,
+    replay_errors,
+    run,
+    sample,
+    sample_by,
+    spied,
+)
 
 from pack.core import families
 from pack.core.attach import RUN, acting, move
+from pack.core.stepcache.levels import LEVELS
 from testbed import tiny
 
 ALWAYS = At(tuple(range(100)))
@@ -203,7 +222,7 @@ def test_a_mask_that_stays_costs_no_skip():
 @EACH
 def test_inpainting_keeps_what_lies_outside_the_mask(name, level, policy):
     """The host rewrites x on every step under a mask."""
-    if policy == "first block" and level != "block range":
+    if policy == "first block" and not LEVELS[level].gates:
         pytest.skip("this policy needs blocks")
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., 2:6] = 1
@@ -356,7 +375,7 @@ def test_a_kv_cache_that_shortens_the_stream_after_its_first_call_is_served(leve
     host = sample(node(), name, **conditions)
     latent, report = run(node(), name, cached={"policy": At((1, 3, 5)), "level": level}, **conditions)
     seen = decisions(report)
-    assert seen[1] == (level == "block range"), "the tokens of the second evaluation are fewer, so there is nothing to skip to"
+    assert seen[1] == (level in OF_BLOCKS), "the tokens of the second evaluation are fewer, so there is nothing to skip to"
     assert not seen[3] and not seen[5] and relative(latent, host) < 0.2
     assert relative(sample(node(), name, **conditions), host) == 0
     assert max(replay_errors(attached(node(), policy=At(tuple(range(3, 24, 2))), level=level), name, **conditions)[1:]) < 1e-6

@@ -7,7 +7,7 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from harness import CONCRETE, QUICK, STEPS, At, attached, decisions, model, network, plain, relative, run, sample, spied
+from harness import CONCRETE, OF_BLOCKS, QUICK, STEPS, At, attached, decisions, model, network, plain, relative, run, sample, spied
 
 from pack.core import run as core_run
 from pack.core.attach import RUN
@@ -188,7 +188,7 @@ def test_the_host_is_asked_for_what_the_cache_will_hold_and_for_little_more(name
     assert shapes == [shape], "the noise stays as it is"
     assert minimum - least >= held > 0 and more - most >= held
     # cfg 1 drops a condition, and text may be joined to the image, 32 tokens to the 16 of it
-    slack = (2 if sampling.get("cfg") == 1 else 1) * (3 if cached["level"] == "block range" else 1)
+    slack = (2 if sampling.get("cfg") == 1 else 1) * (3 if cached["level"] in OF_BLOCKS else 1)
     assert minimum - least <= 1.02 * held * slack + most_bytes(shape, 4) * (cached["level"] == "guided output") + column(patcher, shape)
 
 

@@ -3,12 +3,12 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from harness import CONCRETE, QUICK, STEPS, At, attached, blocks, decisions, model, plain, run, sample, spied
+from harness import CONCRETE, OF_BLOCKS, QUICK, STEPS, At, attached, blocks, decisions, model, plain, run, sample, spied
 
 from pack.core.attach import RUN
 from pack.core.stepcache import cache as step_cache
 from pack.core.stepcache.hindcast import Hindcast
-from pack.core.stepcache.levels import block_range
+from pack.core.stepcache.levels.passage import Passage
 from pack.core.store import Store
 
 SOME = At((3, 5, 6, 8, 9))      # of 12 steps
@@ -36,7 +36,7 @@ def predicting(monkeypatch, call):
 
 LACKS = {
     "to keep": (Store, "keep"), "to score": (Hindcast, "score"), "to read the scores": (Hindcast, "settle"), "to weigh": (Hindcast, "weigh"),
-    "to decide": (block_range.Passage, "enter"),
+    "to decide": (Passage, "enter"),
 }
 
 
@@ -79,7 +79,7 @@ def test_a_prediction_without_memory_is_computed_in_full(name, level, call, spli
 @HERE
 @EACH
 def test_results_that_cannot_be_kept_leave_the_run_as_the_hosts(name, level, lack, call, monkeypatch):
-    if lack == "to decide" and level != "block range":
+    if lack == "to decide" and level not in OF_BLOCKS:
         pytest.skip("this level decides nothing inside the model")
     scarce = lacking(monkeypatch, *LACKS[lack], call)
     latent, report = run(model(name), name, cached={"policy": SOME, "level": level})
