@@ -25,7 +25,7 @@ def cache_bytes(run: Run, network, itemsize: int, conditions: int, text: int = 0
         elements = token_elements(run.shape, network, text, references)
     per_row = math.prod(run.shape) * min(4, ITEMSIZE[store.storage])
     if elements is not None:
-        per_row = elements * min(itemsize if run.cache.each is None else 4, ITEMSIZE[store.storage])     # ranges that decide alone are kept in fp32
+        per_row = elements * min(4 if getattr(run.level, "precise", False) else itemsize, ITEMSIZE[store.storage])
     if store.away:
         return depth * per_row + run.look_back_bytes        # what a prediction fetches back
     rows = 1 if run.level.seam is Seam.GUIDED else max(conditions, 1)

@@ -15,6 +15,7 @@ from harness import (
     CONCRETE,
     EVERY_SECOND,
     OF_BLOCKS,
+    ONE_PHASE,
     QUICK,
     STEPS,
     At,
@@ -51,7 +52,8 @@ def whys(report) -> list[str]:
 @HERE
 @EACH
 def test_as_many_evaluations_as_set_are_computed_at_either_end(name, level, warm_up, last):
-    _, report = run(model(name), name, cached={"policy": ALWAYS, "level": level, "warm_up": warm_up, "last_steps": last, "max_consecutive_skips": 50})
+    _, report = run(model(name), name, cached={"policy": ALWAYS, "level": level, "level_knobs": ONE_PHASE.get(level), "warm_up": warm_up, "last_steps": last,
+                                                       "max_consecutive_skips": 50})
     assert decisions(report) == [n < warm_up or n >= STEPS - last for n in range(STEPS)]
     assert whys(report) == ["first step", *["warm-up"] * (warm_up - 1), *[""] * (STEPS - warm_up - last), *["last steps"] * (last - 1), "last step"]
 
@@ -66,7 +68,7 @@ def test_a_warm_up_counts_evaluations_and_the_end_counts_steps():
 @HERE
 @EACH
 def test_short_runs_are_served_on_demand(name, level, steps):
-    latent, report = run(model(name), name, steps=steps, cached={"policy": ALWAYS, "level": level, "few_steps": True})
+    latent, report = run(model(name), name, steps=steps, cached={"policy": ALWAYS, "level": level, "level_knobs": ONE_PHASE.get(level), "few_steps": True})
     assert report.state == "ran" and len(report.each) == steps
     assert decisions(report).count(False) == {1: 0, 2: 0, 4: 2, 8: 5}[steps]     # four in a row at most
     assert torch.equal(latent, sample(model(name), name, steps=steps)) == (steps < 3)

@@ -9,7 +9,7 @@ those of one list; blocks that follow each other share a residual. Its lists for
     foreground:  1, 3, 8-9, 22, 24, 28-30, 32, 34-39
 
 A policy that can be asked for a range by itself, such as temporal delta, decides for each; with any other all ranges
-are skipped or none. Memory: one snapshot for each range.
+are skipped or none. Memory: one snapshot for each range, in fp32.
 """
 import re
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ def no_ranges(text: str) -> str:
 @dataclass(frozen=True)
 class BlockRanges(OfBlocks):
     name = "block ranges"
-    several = True
+    several = precise = True
     ranges: str = knob(
         "1, 3-", "The blocks that a skip leaves out, counted from 0 over all stacks: 0-3, 10-18 are two ranges, 20- is all from 20 on. "
         "Each range keeps what it adds; blocks in none always run.", wrong=no_ranges)

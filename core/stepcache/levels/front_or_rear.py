@@ -8,7 +8,7 @@ blocks lay out the outline, which the first steps are about, and the rear blocks
 is computed while it matters. The paper holds H and computes every K-th step, which is policy 'interval' with predictor
 'hold'; any of them does here. Its b and R are set for each model; a half is where it starts from here.
 
-One range is kept at a time. Where the phase changes the history begins anew, so that step is computed.
+One range is kept at a time, in fp32. Where the phase changes the history begins anew, so that step is computed.
 """
 from dataclasses import dataclass
 
@@ -22,8 +22,10 @@ REAR, FRONT = "rear", "front"
 @dataclass(frozen=True)
 class FrontOrRearRange(OfBlocks):
     name = "front or rear range"
+    precise = True
     gates = False       # the front range begins before any block
-    border: float = knob(0.5, "The share of the steps, from the first on, that skips the rear blocks; the steps after it skip the front blocks.", 0.0, 1.0, 0.05)
+    border: float = knob(
+        0.5, "The share of the steps, from the first on, that skips the rear blocks; the steps after it skip the front blocks.", 0.0, 1.0, 0.05)
     share: float = knob(0.5, "The share of the blocks that a skip leaves out. More saves more and follows the model less closely.", 0.05, 1.0, 0.05)
 
     def phase(self, step) -> str:

@@ -13,13 +13,19 @@ from .passage import Passage
 
 @dataclass(frozen=True)
 class OfBlocks:
-    """kept: so many ranges are kept at a time. several: a policy may be asked for each of them."""
+    """
+    kept: so many ranges are kept at a time.
+    several: a policy may be asked for each of them.
+    precise: residuals are kept in fp32. A rounding of theirs is added again on every skip, and the blocks that follow
+        make more of it: in bf16 a skip of the very input that was computed is then exact, and else it is not.
+    """
 
     seam: ClassVar = Seam.NETWORK
     gates: ClassVar = True
     serves: ClassVar = "transformer"
     kept: ClassVar = 1
     several: ClassVar = False
+    precise: ClassVar = False
 
     def resolve(self, policy):
         return self
@@ -32,7 +38,7 @@ class OfBlocks:
         if cache.broken:
             cache.ran(len(call.rows), 1.0)
             return compute()
-        passage = Passage(cache, call, self.spans(cache, call.blocks))
+        passage = Passage(cache, call, self.spans(cache, call.blocks), self.precise)
         with passage.installed():
             result = compute()
         main, skipped, finished = call.rows[0].ordinal == 0, passage.skipped, passage.finished

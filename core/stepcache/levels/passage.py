@@ -41,10 +41,14 @@ class Passage:
     when blocks after the range read them.
     """
 
-    def __init__(self, cache, call, borders: Iterable[tuple[int, int]]):
-        """`borders` are the first block of each range and the one behind its last, in order and apart from each other."""
+    def __init__(self, cache, call, borders: Iterable[tuple[int, int]], precise: bool = False):
+        """`borders` are the first block of each range and the one behind its last, in order and apart from each other.
+
+        precise: residuals are taken and kept in fp32, whatever the blocks work in.
+        """
         self.cache, self.each, self.rows, self.blocks = cache, cache.each, call.rows, call.blocks
         self.spans = [Span(first, end, end < len(call.blocks.every)) for first, end in borders]
+        self.precise = precise
         self.signal = signal_of(cache.policy)
         self.begun: dict | None = None      # streams before the first block
         self.tokens: int | None = None      # of the image
@@ -168,11 +172,12 @@ class Passage:
         return values | {stack.stream: stack.with_image(values[stack.stream], main)} | streams
 
     def learn(self, span: Span, values: dict, stack) -> None:
-        after, anchors = self.streams(span, values, stack), span.anchor
-        if self.each is not None:     # in fp32: a rounding here would be added on every skip
-            anchors = {name: anchor.float() for name, anchor in anchors.items()}
-        for row, part in self.parts(span, {name: after[name] - anchor for name, anchor in anchors.items()}):
+        after = self.streams(span, values, stack)
+        for row, part in self.parts(span, {name: self.added(after[name], anchor) for name, anchor in span.anchor.items()}):
             self.cache.learn(row, part if len(self.rows) == 1 else part.clone())
+
+    def added(self, after, before):
+        return after.to(torch.float32, copy=True).sub_(before) if self.precise else after - before
 
     def count_tokens(self, values: dict, stack) -> None:
         """The first stack tells how many tokens of the stream are the image's. Where all of it is passed by, the whole stream is taken."""

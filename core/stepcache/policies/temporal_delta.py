@@ -8,8 +8,8 @@ other levels the output. From the Temporal Delta Cache of "6Bit-Diffusion" (arXi
 for itself: level 'block ranges' does so for each range of its list, whose c, m, n and skips in a row are then its own.
 N is 2 in the paper, and its thresholds are not published. The change is taken per step, because computed steps may lie
 apart, and it adds up while steps are skipped. The paper computes the steps that fill the cache in the higher precision,
-because their rounding is added again on every skip; here a model has one precision, so that is done to what is kept:
-the residuals of 'block ranges' are taken and kept in fp32.
+because their rounding is added again on every skip; here a model has one precision, and what is done is to take and
+keep the residuals of 'block ranges' in fp32.
 """
 from dataclasses import dataclass
 
