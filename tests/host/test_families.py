@@ -257,7 +257,9 @@ def test_a_model_of_video_and_sound_may_be_given_video_alone():
     assert max(errors) < 1e-6 and decisions(reports[0]).count(False) == STEPS - 1
 
 
-def test_patches_after_a_block_see_the_input_of_the_blocks_as_it_came():
+@pytest.mark.parametrize("level", [levelled(0, 0), {"level": "front or rear range", "level_knobs": {"border": 0.0}}, {"level": "block ranges", "level_knobs": {
+    "ranges": "0, 2-"}}], ids=["all", "front", "list"])
+def test_patches_after_a_block_see_the_input_of_the_blocks_as_it_came(level):
     seen: list = []
 
     def look(args):
@@ -266,7 +268,7 @@ def test_patches_after_a_block_see_the_input_of_the_blocks_as_it_came():
 
     patched = model("z_image").clone()
     patched.set_model_patch(look, "double_block")
-    errors, _ = replayed(attached(patched, policy=EVERY_SECOND, reports=(reports := []), **levelled(0, 0)), "z_image", cfg=1.0)
+    errors, _ = replayed(attached(patched, policy=EVERY_SECOND, reports=(reports := []), **level), "z_image", cfg=1.0)
     assert max(errors) < 1e-6 and decisions(reports[0]).count(False) == STEPS - 1
     layers = len(blocks("z_image"))
     for n in range(0, len(seen), 2 * layers):

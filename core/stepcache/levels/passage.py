@@ -53,7 +53,6 @@ class Passage:
         self.begun: dict | None = None      # streams before the first block
         self.tokens: int | None = None      # of the image
         self.place = -1                     # of the block that was reached last
-        self.inside: Span | None = None     # the range that it lies in
         self.count, self.sides = 0, set()   # blocks and side modules that ran
 
     @property
@@ -79,9 +78,10 @@ class Passage:
     @contextmanager
     def installed(self):
         """Put a proxy before every block; take away exactly what was put there."""
-        before = []
-        spans = {place: span for span in self.spans for place in range(span.first, span.end)}
-        proxies = [(block, self.proxy(place, stack, block, spans.get(place))) for place, (stack, block) in enumerate(self.blocks.every)]
+        before, inside = [], [None] * len(self.blocks.every)
+        for span in self.spans:
+            inside[span.first: span.end] = [span] * (span.end - span.first)
+        proxies = [(block, self.proxy(place, stack, block, inside[place])) for place, (stack, block) in enumerate(self.blocks.every)]
         proxies += [(module, self.side_proxy(side, module)) for side, module in self.blocks.sides]
         try:
             for module, proxy in proxies:
@@ -99,15 +99,18 @@ class Passage:
         original = block.forward
 
         def forward(*args, **kwargs):
-            self.place, self.inside = place, span
+            self.place = place
             if place == 0:
                 self.attempt(lambda: self.begin(stack, block, args, kwargs))
-            if span is not None and span.anchor is None:
+            if span is None:
+                self.count += 1
+                return original(*args, **kwargs)
+            if span.anchor is None:
                 self.attempt(lambda: self.enter(span, stack.taken(args, kwargs), stack))
-            if span is None or not span.skipped:
+            if not span.skipped:
                 result = original(*args, **kwargs)
                 self.count += 1
-                if span is not None and place == span.end - 1 and span.anchor is not None:
+                if place == span.end - 1 and span.anchor is not None:
                     span.finished = True
                     self.attempt(lambda: self.learn(span, stack.given(result), stack))
                 return result
@@ -127,8 +130,7 @@ class Passage:
         original = module.forward
 
         def forward(*args, **kwargs):
-            span = self.inside
-            if span is not None and span.skipped and self.place < span.end - 1:
+            if any(span.skipped and span.first <= self.place < span.end - 1 for span in self.spans):
                 return side.passed(args, kwargs)
             if side.chained and self.skipped:
                 raise Unfamiliar(f"{side.path} is called after the last block")
