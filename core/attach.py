@@ -27,7 +27,7 @@ from .run import Run, Settings
 from .runs import Runs
 from .stepcache.calibrate import facts_of, model_facts, profiles_folder, sampler_name
 from .stepcache.governor import stand_down
-from .stepcache.levels import BlockRange, Blocks, Call, GuidedOutput, ModelOutput, Seam, UnetEncoder
+from .stepcache.levels import Blocks, Call, GuidedOutput, ModelOutput, Seam, UnetEncoder, Unfit
 from .stepcache.profiles import read
 from .store import Row
 
@@ -132,7 +132,7 @@ def open_run(settings: Settings, guider, shape, sampler, sigmas, latents=()) -> 
         facts = facts_of(guider.model_patcher, sampler, schedule, shape[1:], math.nan if own else guidance)
     run = Run(settings, family, schedule, flow, name, math.inf if settings.start_percent <= 0 else start, end if settings.end_percent < 1 else 0.0,
               plain, guidance, shape, facts, partial(read, profiles_folder()), latents)
-    if isinstance(run.level, BlockRange) and not family.stacks:
+    if run.level.serves == "transformer" and not family.stacks:
         run.without_blocks(GuidedOutput(), f"{family.name} is of no known model family")
     if run.level.seam is Seam.NETWORK and compiled_whole(guider.model_patcher, options):
         run.without_blocks(ModelOutput(), "torch.compile has the whole model in one piece")
@@ -293,9 +293,11 @@ def in_network(run: Run, options: dict, x, network, compute, arguments: dict | N
     try:
         blocks = Blocks.of(run.family, network) if run.family.stacks else None
         return run.level.evaluate(run.cache, Call(rows, x, blocks=blocks, network=network, arguments=arguments), compute)
+    except Unfit as fact:
+        run.without_blocks(ModelOutput(), str(fact))
     except Unfamiliar as fact:
         run.without_blocks(ModelOutput(), f"{run.family.name} is not built as expected: {fact}")
-        run.cache.ran(len(rows), 1.0)
+    run.cache.ran(len(rows), 1.0)
     return compute()
 
 

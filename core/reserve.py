@@ -1,6 +1,6 @@
 """Memory for the cache, asked of the host before it loads weights.
 
-    cache = rows x depth x bytes of one result
+    cache = rows x ranges of blocks x depth x bytes of one result
 
 The host frees memory for a run by an estimate that grows with the area of its noise. A shape with more columns makes it
 free more; the noise itself stays as it is.
@@ -25,11 +25,11 @@ def cache_bytes(run: Run, network, itemsize: int, conditions: int, text: int = 0
         elements = token_elements(run.shape, network, text, references)
     per_row = math.prod(run.shape) * min(4, ITEMSIZE[store.storage])
     if elements is not None:
-        per_row = elements * min(itemsize, ITEMSIZE[store.storage])
+        per_row = elements * min(4 if getattr(run.level, "precise", False) else itemsize, ITEMSIZE[store.storage])
     if store.away:
         return depth * per_row + run.look_back_bytes        # what a prediction fetches back
     rows = 1 if run.level.seam is Seam.GUIDED else max(conditions, 1)
-    total = rows * depth * per_row
+    total = rows * depth * per_row * getattr(run.level, "kept", 1)
     total = min(total, store.budget) if store.budget else total
     return total + run.look_back_bytes
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from .families import Family
 from .knob import settings as knob_settings
 from .report import Report
-from .step import Clock
+from .step import Clock, Step
 from .stepcache.cache import StepCache
 from .stepcache.corrections import Correction, NoCorrection
+from .stepcache.each_range import EachRange
 from .stepcache.governor import DETERMINISTIC, Governor
 from .stepcache.levels import GuidedOutput, Level, Seam
 from .stepcache.look_back import LookBack, most_bytes
@@ -28,6 +29,7 @@ from .stepcache.solvers import SOLVERS
 from .store import MIB, STORAGE, Row, Store, page_locked
 
 DEVICES = ("gpu", "cpu")
+PHASE = "the phase changes"
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ class Run:
             self.report.add_reason("the cache budget leaves no room to look back")
         store = partial(Store, storage=settings.storage, budget=budget and budget - self.look_back_bytes,
                         away=page_locked if settings.device == "cpu" else None)
-        self.cache = StepCache(policy, candidates, governor, self.report, settings.correction.start(), look_back, guidance, store)
+        self.cache = StepCache(policy, candidates, governor, self.report, settings.correction.start(), look_back, guidance, store,
+                               EachRange(policy) if getattr(policy, "by_range", False) and getattr(self.level, "several", False) else None)
         if len(latents) > 1:
             self.cache.packed = tuple(math.prod(latent[1:]) for latent in latents)
         refuses = getattr(policy, "refuses", None)
@@ -139,21 +142,31 @@ class Run:
         """For each step of the schedule, whether the governor would leave it to the policy, and a predictor could stand in for it."""
         clock = Clock(self.clock.sigmas, self.clock.flow)
         steps = [clock.tick(sigma) for sigma in clock.sigmas[:-1]]
-        return [n >= history and not governor.must_compute(step, tuple(steps[:n]), 0) for n, step in enumerate(steps)]
+        phases = [self.phase(step) for step in steps]
+        return [n >= history and phases[n - history] == phases[n] and not governor.must_compute(step, tuple(steps[:n]), 0) for n, step in enumerate(steps)]
+
+    def phase(self, step: Step) -> str:
+        """What the level calls this part of the schedule, if it does not do the same in all of it."""
+        told = getattr(self.level, "phase", None)
+        return "" if told is None else told(step)
 
     def begin(self, sigma: float, acting: tuple = (), form: tuple = ()) -> None:
         """A solver evaluation begins. `acting` tells which conditions act in it, `form` shape and type of the latent.
 
-        The output jumps where one of them changes, or the denoise mask, so nothing is predicted across that.
+        The output jumps where one of them changes, or the denoise mask, so nothing is predicted across that; nor where
+        the level keeps something else from here on.
         """
         self.begun = self.begun or time.perf_counter()
         self.ordinals.clear()
         self.ordinal, self.inside = None, True
-        borders = {"conditions start or end": acting, "the latent changes its shape or type": form, "the denoise mask changes": self.masks}
-        if self.clock.evaluations and borders != self.borders:
+        step = self.clock.tick(sigma)
+        borders = {
+            "conditions start or end": acting, "the latent changes its shape or type": form, "the denoise mask changes": self.masks,
+            PHASE: self.phase(step)}
+        if step.evaluation and borders != self.borders:
             self.cache.forget(next(why for why, now in borders.items() if now != self.borders[why]))
         self.borders = borders
-        self.cache.begin(self.clock.tick(sigma))
+        self.cache.begin(step)
 
     def masked(self, mask: Tensor) -> None:
         """The denoise mask of the evaluation that is about to begin."""
@@ -163,6 +176,8 @@ class Run:
     def fall_back(self, level: Level, why: str) -> None:
         """Go on at a safer level, from an empty history."""
         self.level, self.report.level = level, level.name
+        self.borders |= {PHASE: ""}
+        self.cache.each = None
         self.report.add_reason(why)
         self.cache.look_back_no_more()
         self.cache.forget()

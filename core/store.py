@@ -67,6 +67,7 @@ class Row(NamedTuple):
     shape: tuple
     patches: frozenset = frozenset()    # keys of replaced blocks: when one such guidance ends, the next takes its ordinal
     stream: str = ""                    # the second of a model with two streams, by name
+    blocks: tuple[int, int] | None = None   # the range whose residual this is: its first block, and the one behind its last
 
 
 def page_locked(value: Tensor) -> Tensor | None:

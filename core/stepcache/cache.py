@@ -13,6 +13,7 @@ from ..report import Evaluation, Report
 from ..step import Step
 from ..store import SAME_PLACE, Row, Snapshot, Store
 from .corrections import Correcting, Guess
+from .each_range import EachRange
 from .error_budget import NOT_LOOKED_BACK, ErrorBudget
 from .governor import Governor
 from .hindcast import Hindcast, dot_products
@@ -31,7 +32,7 @@ class StepCache:
     """
 
     def __init__(self, policy: Policy, candidates, governor: Governor, report: Report, correcting: Correcting | None = None,
-                 look_back: LookBack | None = None, guidance: float = 1.0, store: Callable[[int], Store] = Store):
+                 look_back: LookBack | None = None, guidance: float = 1.0, store: Callable[[int], Store] = Store, each: EachRange | None = None):
         self.policy, self.governor, self.report = policy, governor, report
         self.hindcast, self.correcting = Hindcast(candidates), correcting
         depth = max(candidate.depth for candidate in self.hindcast.candidates)
@@ -45,6 +46,7 @@ class StepCache:
         self.broken = ""                     # why everything is computed from here on
         self.restart = ""                    # why the history begins anew at the next evaluation
         self.watch = Watch(signal_of(policy))
+        self.each = each                     # decides for each range of blocks; none where the policy decides for all of an evaluation
         # the evaluation under way
         self.step: Step | None = None
         self.begun = 0.0
@@ -60,6 +62,8 @@ class StepCache:
             self.forget("sigma rises")
         self.step, self.begun = step, time.perf_counter()
         self.watch.begin(step)
+        if self.each is not None:
+            self.each.begin(step)
         self.shares, self.seen, self.decision = [], set(), None
         self.best, self.error = self.hindcast.choose(tuple(self.computed), step)
         self.expected = self.budget.share(step, self.error)
@@ -70,7 +74,7 @@ class StepCache:
 
     def decide(self) -> None:
         view = View(self.step, tuple(self.computed), self.expected, self.budget.owed, self.skipped_in_a_row, self.report.model, self.watch)
-        self.decision = not self.why and self.best is not None and self.policy.skip(view)
+        self.decision = not self.why and self.best is not None and (self.each or self.policy).skip(view)
 
     def skips(self, signal: Tensor | None = None, row: Row | None = None, x: Tensor | None = None) -> bool:
         """Whether this evaluation is a skip.
@@ -106,6 +110,8 @@ class StepCache:
             self.computed.append(step)
             self.skipped_in_a_row = 0
         self.watch.finish(skipped)
+        if self.each is not None:
+            self.each.finish()
         self.report.each.append(Evaluation(
             sigma=step.sigma, computed=not skipped, share=share, predicted_error=self.expected, hindcast_error=measured,
             ms=1000 * (time.perf_counter() - self.begun), why=self.why))
@@ -148,7 +154,7 @@ class StepCache:
             with self.lock:
                 for part, cut in self.parts(row, values[0]):
                     self.hindcast.stood_in.setdefault(part, []).append((self.step, combine(weights, [sampled(cut(value)) for value in values])))
-        return combine(weights, values, anchor)
+        return combine(weights, values, anchor, out_dtype=None if anchor is None else anchor.dtype)
 
     def guess(self, predictor: Predictor, row: Row, past: tuple[Snapshot, ...]) -> Guess:
         """What a predictor alone says for the row now."""
@@ -177,7 +183,7 @@ class StepCache:
         with self.lock:
             if self.broken:
                 return
-            self.watch.learn(row, value)
+            (self.each or self.watch).learn(row, value)
             past, guesses = self.store.get(row), []
             if past and past[-1].shape == value.shape and not self.decision:
                 if self.correcting is not None and ahead([past[-1].step], self.step) >= SAME_PLACE:
@@ -234,6 +240,8 @@ class StepCache:
         self.give_up("memory ran out for the cache, so everything is computed; set a cache budget, or keep results in host memory")
         with self.lock:
             self.watch.forget()
+            if self.each is not None:
+                self.each.forget()
             self.hindcast.waiting.clear()
             self.store.drop(lambda row, newest: row.device == device)
 
@@ -264,6 +272,8 @@ class StepCache:
             self.correcting.clear()
         self.computed.clear()
         self.watch.forget()
+        if self.each is not None:
+            self.each.forget()
         self.hindcast.forget()
         if self.look_back is not None:
             self.look_back.forget()
@@ -272,7 +282,7 @@ class StepCache:
 
     def close(self) -> None:
         self.report.estimated_error = self.budget.total if len(self.report.each) > self.report.computed else None
-        self.report.cache_bytes = sum(part.peak for part in (self.store, self.watch, self.look_back, self.correcting) if part is not None)
+        self.report.cache_bytes = sum(part.peak for part in (self.store, self.watch, self.each, self.look_back, self.correcting) if part is not None)
         if self.store.gave:
             self.report.add_reason(self.store.gave)
         self.forget()

@@ -25,6 +25,8 @@ STEPS = 12
 QUICK = ["flux", "z_image", "ltxv"]     # what levels, policies and guidance are tested on; test_families has a model of every class
 NAMES = QUICK
 CONCRETE = [name for name, level in LEVELS.items() if hasattr(level, "seam") and level.serves != "unet"]     # for UNets see test_unet
+OF_BLOCKS = [name for name in CONCRETE if LEVELS[name].serves == "transformer"]
+ONE_PHASE = {"front or rear range": {"border": 1.0}}    # knobs for levels that do not do the same over the whole run: with these they do
 
 
 @cache
@@ -108,6 +110,10 @@ def levelled(first: int, last: int) -> dict:
 def made(registry, choice, **knobs):
     """A registry entry by name, or an instance as it is."""
     return registry[choice](**knobs) if isinstance(choice, str) else choice
+
+
+def ranges_kept(level: str) -> int:
+    return getattr(LEVELS[level](), "kept", 1)
 
 
 def attached(patcher, policy="interval", predictor="hold", level="automatic", *, reports: list | None = None, policy_knobs=None,

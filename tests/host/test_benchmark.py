@@ -199,7 +199,8 @@ def test_the_engines_cost_is_measured_at_every_level_of_flux():
     rows = {row["level"]: row for row in engine_cost.rows(scene)}
     assert {"guided output", "model output", "block range"} <= set(rows)
     for row in rows.values():
-        assert row["engine_ms"] > 0 < row["evaluation_ms"] and row["computed_evaluations"] == 10 and row["skipped_evaluations"] == 4, row
+        skipped = 4 - (row["level"] == "front or rear range")     # the step where its phase changes is computed
+        assert row["engine_ms"] > 0 < row["evaluation_ms"] and row["computed_evaluations"] == 10 and row["skipped_evaluations"] == skipped, row
         assert row["skip_engine_ms"] > 0 and row["cache_mib"] > 0
     assert rows["guided output"]["skip_block_share"] == rows["model output"]["skip_block_share"] == 0
     assert rows["block range"]["skip_block_share"] == 0.25

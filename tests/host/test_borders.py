@@ -11,11 +11,31 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from comfy_extras.nodes_flux import FluxKVCache
-from harness import CONCRETE, EVERY_SECOND, QUICK, STEPS, At, attached, decisions, family, model, plain, relative, replay_errors, run, sample, sample_by, spied
+from harness import (
+    CONCRETE,
+    EVERY_SECOND,
+    OF_BLOCKS,
+    ONE_PHASE,
+    QUICK,
+    STEPS,
+    At,
+    attached,
+    decisions,
+    family,
+    model,
+    plain,
+    relative,
+    replay_errors,
+    run,
+    sample,
+    sample_by,
+    spied,
+)
 
 from pack.core import families
 from pack.core.attach import RUN, acting, move
 from pack.core.stepcache.cache import StepCache
+from pack.core.stepcache.levels import LEVELS
 from pack.core.stepcache.signal import MODEL_INPUT
 from testbed import tiny
 
@@ -34,7 +54,8 @@ def whys(report) -> list[str]:
 @HERE
 @EACH
 def test_as_many_evaluations_as_set_are_computed_at_either_end(name, level, warm_up, last):
-    _, report = run(model(name), name, cached={"policy": ALWAYS, "level": level, "warm_up": warm_up, "last_steps": last, "max_consecutive_skips": 50})
+    _, report = run(model(name), name, cached={"policy": ALWAYS, "level": level, "level_knobs": ONE_PHASE.get(level), "warm_up": warm_up, "last_steps": last,
+                                                       "max_consecutive_skips": 50})
     assert decisions(report) == [n < warm_up or n >= STEPS - last for n in range(STEPS)]
     assert whys(report) == ["first step", *["warm-up"] * (warm_up - 1), *[""] * (STEPS - warm_up - last), *["last steps"] * (last - 1), "last step"]
 
@@ -49,7 +70,7 @@ def test_a_warm_up_counts_evaluations_and_the_end_counts_steps():
 @HERE
 @EACH
 def test_short_runs_are_served_on_demand(name, level, steps):
-    latent, report = run(model(name), name, steps=steps, cached={"policy": ALWAYS, "level": level, "few_steps": True})
+    latent, report = run(model(name), name, steps=steps, cached={"policy": ALWAYS, "level": level, "level_knobs": ONE_PHASE.get(level), "few_steps": True})
     assert report.state == "ran" and len(report.each) == steps
     assert decisions(report).count(False) == {1: 0, 2: 0, 4: 2, 8: 5}[steps]     # four in a row at most
     assert torch.equal(latent, sample(model(name), name, steps=steps)) == (steps < 3)
@@ -205,7 +226,7 @@ def test_a_mask_that_stays_costs_no_skip():
 @EACH
 def test_inpainting_keeps_what_lies_outside_the_mask(name, level, policy):
     """The host rewrites x on every step under a mask."""
-    if policy == "first block" and level != "block range":
+    if policy == "first block" and not LEVELS[level].gates:
         pytest.skip("this policy needs blocks")
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., 2:6] = 1
@@ -421,7 +442,7 @@ def test_a_kv_cache_that_shortens_the_stream_after_its_first_call_is_served(leve
     host = sample(node(), name, **conditions)
     latent, report = run(node(), name, cached={"policy": At((1, 3, 5)), "level": level}, **conditions)
     seen = decisions(report)
-    assert seen[1] == (level == "block range"), "the tokens of the second evaluation are fewer, so there is nothing to skip to"
+    assert seen[1] == (level in OF_BLOCKS), "the tokens of the second evaluation are fewer, so there is nothing to skip to"
     assert not seen[3] and not seen[5] and relative(latent, host) < 0.2
     assert relative(sample(node(), name, **conditions), host) == 0
     assert max(replay_errors(attached(node(), policy=At(tuple(range(3, 24, 2))), level=level), name, **conditions)[1:]) < 1e-6

@@ -5,7 +5,7 @@ import folder_paths
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from harness import QUICK, assert_moves, attached, blocks, decisions, family, model, network, packed, plain, relative, sample, schedule, spied
+from harness import ONE_PHASE, QUICK, assert_moves, attached, blocks, decisions, family, model, network, packed, plain, relative, sample, schedule, spied
 
 from pack.core.attach import attach_step_cache, check_profile
 from pack.core.run import Settings
@@ -210,7 +210,7 @@ def test_a_model_in_another_precision_is_told_before_the_run():
 @pytest.mark.parametrize("level", [name for name, level in LEVELS.items() if getattr(level, "serves", None) != "unet"])
 def test_a_profile_works_with_every_predictor_at_every_level(predictor, level):
     execute()
-    settings = Settings(FromProfile("p", "2x"), PREDICTORS[predictor](), LEVELS[level]())
+    settings = Settings(FromProfile("p", "2x"), PREDICTORS[predictor](), LEVELS[level](**ONE_PHASE.get(level, {})))
     reports = []
     latent = sample(attach_step_cache(model("flux"), settings, reports.append), "flux")
     assert decisions(reports[0]).count(True) == STEPS // 2 and 0 < relative(latent, plain("flux")) < 0.2

@@ -1,9 +1,9 @@
 """The contract of every model family, on a tiny instance of each of the host's classes: what its facts promise, and what happens when they do not hold."""
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
+from every_class import BETWEEN, CONTROLLED, EVERY, FIRSTS, REPLACEABLE, STEPS, between, host, layout, replayed
 from harness import (
     EVERY_SECOND,
     At,
@@ -23,8 +23,6 @@ from harness import (
     relative,
     run,
     sample,
-    sample_by,
-    schedule,
 )
 
 from pack.core import run as core_run
@@ -33,55 +31,15 @@ from pack.core.families.base import module_at
 from pack.core.stepcache.cache import StepCache
 from testbed import tiny
 
-STEPS = 9       # the fewest that are not left alone
-FIRSTS = [names[0] for family, names in tiny.OF_FAMILY.items() if family != "unet"]     # for UNets see test_unet.py
-EVERY = [name for family, names in tiny.OF_FAMILY.items() if family != "unet" for name in names]
 FEW = [(1, 0), (0, 1), (2, 1)]
 MANY = [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (3, 1)]
 RANGES = [(name, *bounds) for name in EVERY for bounds in (MANY if name in FIRSTS else FEW)]
-# What runs between the blocks, and after which of them.
-BETWEEN = {
-    "wan_vace": ("vace_blocks", (0, 2, 4)), "wan_s2v": ("audio_injector.injector", (0, 2, 4)), "wan_dancer": ("music_injector.injector", (0, 3)),
-    "wan_animate": ("face_adapter.fuser_blocks", (0, 5)),
-}
-REPLACEABLE = ["flux", "chroma", "qwen_image", "sd3", "aura", "wan", "wan_vace", "hunyuan_video", "ltxv", "ltxav"]
-CONTROLLED = ["flux", "chroma", "qwen_image", "sd3", "hunyuan_video"]
 # Where the first block uses what `modulated` gives: a part of it, and how that part is called with it.
 USED = {
     "flux": "img_attn.qkv", "flux2": "img_attn.qkv", "chroma": "img_attn.qkv", "hunyuan_video": "img_attn.qkv", "ltxv": "attn1",
     "cosmos_predict2": "self_attn", "z_image": "adaLN_modulation", "hidream_i1": "block.adaLN_modulation",
 }
 EVERYTHING = At(tuple(range(100)))
-
-
-@cache
-def host(name: str) -> torch.Tensor:
-    return sample(model(name), name, steps=STEPS)
-
-
-def between(name: str) -> list:
-    path, _ = BETWEEN.get(name, ("", ()))
-    return list(module_at(network(model(name)), path)) if path else []
-
-
-def replayed(patched, name: str, modules=(), **sampling) -> tuple[list[float], list[set]]:
-    """Every place of the schedule evaluated twice: how the second result differs from the first, and which modules it ran."""
-    errors, ran, first = [], [], []
-
-    def twice(denoise, x, sigmas):
-        for now, following in zip(sigmas, sigmas[1:], strict=False):
-            first.append(denoise(x, now).clone())
-            calls.clear()
-            errors.append(relative(denoise(x, now), first[-1]))
-            ran.append(set(calls))
-            x = first[-1] + (x - first[-1]) * following / now
-        return x
-
-    with counted(list(modules)) as calls:
-        latent = sample_by(twice, patched, name, sigmas=schedule(name, STEPS, patched), **sampling)
-    assert torch.isfinite(latent).all() and len(errors) == STEPS
-    assert max(relative(b, a) for a, b in zip(first, first[1:], strict=False)) > 1e-2, "the model stands still; the test would prove nothing"
-    return errors, ran
 
 
 def test_every_class_of_every_family_has_a_tiny_model():
@@ -149,18 +107,6 @@ def test_a_replaced_block_is_honoured(name):
         calls.clear()
         errors, _ = replayed(attached(patched, policy=EVERY_SECOND, reports=(reports := []), **levelled(first, last)), name, cfg=1.0)
         assert max(errors) < 1e-6 and len(calls) == 2 * STEPS and not all(decisions(reports[0]))
-
-
-def layout(name: str) -> torch.Size:
-    """Of the image tokens as the first block gets them."""
-    seen: list = []
-    stack, block = family(name).blocks(network(model(name)))[0]
-    hook = block.register_forward_pre_hook(lambda _, args, kwargs: seen.append(stack.taken(args, kwargs)[stack.stream].shape), with_kwargs=True)
-    try:
-        sample(model(name), name, steps=1, cfg=1.0)
-    finally:
-        hook.remove()
-    return seen[0]
 
 
 @pytest.mark.parametrize("name", CONTROLLED)
@@ -338,7 +284,9 @@ def test_a_model_of_video_and_sound_may_be_given_video_alone():
     assert max(errors) < 1e-6 and decisions(reports[0]).count(False) == STEPS - 1
 
 
-def test_patches_after_a_block_see_the_input_of_the_blocks_as_it_came():
+@pytest.mark.parametrize("level", [levelled(0, 0), {"level": "front or rear range", "level_knobs": {"border": 0.0}}, {"level": "block ranges", "level_knobs": {
+    "ranges": "0, 2-"}}], ids=["all", "front", "list"])
+def test_patches_after_a_block_see_the_input_of_the_blocks_as_it_came(level):
     seen: list = []
 
     def look(args):
@@ -347,7 +295,7 @@ def test_patches_after_a_block_see_the_input_of_the_blocks_as_it_came():
 
     patched = model("z_image").clone()
     patched.set_model_patch(look, "double_block")
-    errors, _ = replayed(attached(patched, policy=EVERY_SECOND, reports=(reports := []), **levelled(0, 0)), "z_image", cfg=1.0)
+    errors, _ = replayed(attached(patched, policy=EVERY_SECOND, reports=(reports := []), **level), "z_image", cfg=1.0)
     assert max(errors) < 1e-6 and decisions(reports[0]).count(False) == STEPS - 1
     layers = len(blocks("z_image"))
     for n in range(0, len(seen), 2 * layers):

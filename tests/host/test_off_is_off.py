@@ -6,11 +6,12 @@ import weakref
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from harness import CONCRETE, NAMES, QUICK, Never, NeverGated, always, attached, blocks, decisions, model, network, plain, run, sample
+from harness import CONCRETE, NAMES, OF_BLOCKS, QUICK, Never, NeverGated, always, attached, blocks, decisions, model, network, plain, run, sample
 
 from pack.core import attach
 from pack.core.run import Run
 from pack.core.stepcache.cache import StepCache
+from pack.core.stepcache.levels import LEVELS
 from pack.core.stepcache.policies import POLICIES
 from pack.nodes.step_cache import StepCache as Node
 from testbed import tiny
@@ -36,8 +37,8 @@ OFF = {
 
 def possible(off: str, level: str) -> bool:
     if off == "EasyCache":
-        return level != "block range"
-    return level == "block range" or off not in ("first block", "TeaCache", "CG-Taylor", "never, gated")
+        return level not in OF_BLOCKS
+    return LEVELS[level].gates or off not in ("first block", "TeaCache", "CG-Taylor", "never, gated")
 
 
 def test_every_policy_has_an_off_position_that_is_tested():

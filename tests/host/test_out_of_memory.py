@@ -3,12 +3,12 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from harness import CONCRETE, QUICK, STEPS, At, attached, blocks, decisions, model, plain, run, sample, spied
+from harness import CONCRETE, OF_BLOCKS, QUICK, STEPS, At, attached, blocks, decisions, model, plain, ranges_kept, run, sample, spied
 
 from pack.core.attach import RUN
 from pack.core.stepcache import cache as step_cache
 from pack.core.stepcache.hindcast import Hindcast
-from pack.core.stepcache.levels import block_range
+from pack.core.stepcache.levels.passage import Passage
 from pack.core.store import Store
 
 SOME = At((3, 5, 6, 8, 9))      # of 12 steps
@@ -36,7 +36,7 @@ def predicting(monkeypatch, call):
 
 LACKS = {
     "to keep": (Store, "keep"), "to score": (Hindcast, "score"), "to read the scores": (Hindcast, "settle"), "to weigh": (Hindcast, "weigh"),
-    "to decide": (block_range.Passage, "enter"),
+    "to decide": (Passage, "enter"),
 }
 
 
@@ -56,7 +56,7 @@ SPENT = "memory ran out for the cache"
 def test_a_prediction_without_memory_is_computed_in_full(name, level, call, split, monkeypatch):
     """The first skip is where it runs out: with nothing skipped the latent is the host's, to the bit.
 
-    A prediction makes two tensors, itself and a sample to be scored by; the third is that of the next row.
+    A prediction makes two tensors, itself and a sample to be scored by; the third is that of the next range of blocks, or of the next row.
     """
     patched = attached(model(name), policy=SOME, level=level, reports=(reports := []))
     if split:
@@ -66,7 +66,7 @@ def test_a_prediction_without_memory_is_computed_in_full(name, level, call, spli
     latent = sample(patched, name)
     (report,) = reports
     assert scarce.calls == call and SPENT in report.reason and len(report.each) == STEPS
-    whole = call < 3 or (level != "guided output" and not split)     # both conditions of a batch are predicted in one go
+    whole = call <= 2 * ranges_kept(level) or (level != "guided output" and not split)     # both conditions of a batch are predicted in one go
     assert torch.equal(latent, wanted) == whole
     assert [e.computed for e in report.each] == [n != 3 or whole for n in range(STEPS)]
     assert report.each[-1].why.startswith(SPENT)
@@ -79,7 +79,7 @@ def test_a_prediction_without_memory_is_computed_in_full(name, level, call, spli
 @HERE
 @EACH
 def test_results_that_cannot_be_kept_leave_the_run_as_the_hosts(name, level, lack, call, monkeypatch):
-    if lack == "to decide" and level != "block range":
+    if lack == "to decide" and level not in OF_BLOCKS:
         pytest.skip("this level decides nothing inside the model")
     scarce = lacking(monkeypatch, *LACKS[lack], call)
     latent, report = run(model(name), name, cached={"policy": SOME, "level": level})

@@ -4,7 +4,7 @@ import math
 import comfy.samplers
 import pytest
 import torch
-from harness import CONCRETE, QUICK, STEPS, At, assert_moves, decisions, model, plain, relative, run, sample
+from harness import CONCRETE, ONE_PHASE, QUICK, STEPS, At, assert_moves, decisions, model, plain, relative, run, sample
 
 from pack.core.run import Settings
 from pack.core.stepcache.governor import DETERMINISTIC
@@ -83,7 +83,7 @@ def test_every_policy_works_at_every_level_that_it_can(policy, level):
 @pytest.mark.parametrize("predictor", PREDICTORS)
 @pytest.mark.parametrize("name", ["flux", "z_image"])
 def test_every_predictor_works_at_every_level(name, predictor, level):
-    latent, report = run(model(name), name, cached={"predictor": predictor, "level": level})
+    latent, report = run(model(name), name, cached={"predictor": predictor, "level": level, "level_knobs": ONE_PHASE.get(level)})
     assert report.state == "ran" and report.predictor == predictor and decisions(report).count(False) >= 4
     assert 0 < relative(latent, plain(name)) < 0.2
 

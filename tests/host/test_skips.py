@@ -1,7 +1,7 @@
 """What a skip runs, what it costs, and where it may not be."""
 import pytest
 import torch
-from harness import CONCRETE, NAMES, QUICK, STEPS, At, always, attached, blocks, counted, decisions, model, run, sample, sample_by, schedule
+from harness import CONCRETE, NAMES, ONE_PHASE, QUICK, STEPS, At, always, attached, blocks, counted, decisions, model, run, sample, sample_by, schedule
 
 EVERYTHING = At(tuple(range(100)))
 
@@ -49,7 +49,7 @@ def test_evaluations_are_the_blocks_that_ran_over_those_of_a_full_evaluation(nam
 @pytest.mark.parametrize("level", CONCRETE)
 @pytest.mark.parametrize("name", QUICK)
 def test_the_first_and_the_last_step_are_always_computed_and_skips_in_a_row_are_bounded(name, level):
-    _, report = run(model(name), name, cached={"policy": EVERYTHING, "level": level, "max_consecutive_skips": 3})
+    _, report = run(model(name), name, cached={"policy": EVERYTHING, "level": level, "level_knobs": ONE_PHASE.get(level), "max_consecutive_skips": 3})
     assert decisions(report) == [True, False, False, False] * 2 + [True, False, False, True]
 
 
@@ -58,7 +58,7 @@ def test_start_and_end_percent_keep_the_skips_inside(level):
     space = model("flux").get_model_object("model_sampling")
     start, end = space.percent_to_sigma(0.3), space.percent_to_sigma(0.8)
     limits = {"start_percent": 0.3, "end_percent": 0.8, "max_consecutive_skips": 50}
-    _, report = run(model("flux"), "flux", cached={"policy": EVERYTHING, "level": level, **limits})
+    _, report = run(model("flux"), "flux", cached={"policy": EVERYTHING, "level": level, "level_knobs": ONE_PHASE.get(level), **limits})
     assert decisions(report) == [not end <= evaluation.sigma <= start for evaluation in report.each]
     assert 3 <= decisions(report).count(False) <= 8
 
@@ -75,7 +75,7 @@ def restarts(denoise, x, sigmas):
 def test_a_rising_sigma_forgets_what_was_known(level):
     reports: list = []
     seen: list = []
-    patched = attached(model("flux"), policy=EVERYTHING, level=level, predictor="divided differences", reports=reports)
+    patched = attached(model("flux"), policy=EVERYTHING, level=level, level_knobs=ONE_PHASE.get(level), predictor="divided differences", reports=reports)
 
     def watched(denoise, x, sigmas):
         return restarts(lambda x, sigma: seen.append(sigma) or denoise(x, sigma), x, sigmas)

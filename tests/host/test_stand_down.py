@@ -4,7 +4,7 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
-from harness import CONCRETE, QUICK, Never, attached, decisions, model, network, plain, run, sample
+from harness import CONCRETE, OF_BLOCKS, QUICK, Never, attached, decisions, model, network, plain, run, sample
 
 from pack.core.stepcache.governor import SKIPPER_MODELS, SKIPPER_OPTIONS, SKIPPER_WRAPPERS, stand_down
 from testbed import tiny
@@ -64,7 +64,7 @@ def test_a_model_of_no_known_family_is_served_without_a_look_at_its_blocks(name,
     latent, report = run(model(name), name, steps=9, cached={"level": level, "policy": policy})
     assert report.state == "ran" and report.model == type(network(model(name))).__name__
     assert all(decisions(report)) == torch.equal(latent, sample(model(name), name, steps=9)) == (policy != "interval")
-    if level == "block range":
+    if level in OF_BLOCKS:
         assert report.level == "guided output" and f"{report.model} is of no known model family" in report.reason and report.reason in report.line()
     else:
         assert report.level == level and not report.reason

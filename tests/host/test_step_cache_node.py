@@ -93,7 +93,7 @@ def test_a_choice_without_knobs_has_the_defaults_and_knobs_may_be_told(kind, nam
     assert chosen(kind, REGISTRIES[kind], {kind: name, **dict.fromkeys(settings(entry))}) == entry
     assert chosen(kind, REGISTRIES[kind], None) == next(iter(REGISTRIES[kind].values()))()
     for knob in knobs(entry):
-        free = knob.metadata["wrong"] and next(text for text in ("2,1,1", "1.5x") if not knob.metadata["wrong"](text))
+        free = knob.metadata["wrong"] and next(text for text in ("2,1,1", "1.5x", "2-3") if not knob.metadata["wrong"](text))
         other = free if free else knob.metadata["choices"][-1] if knob.metadata["choices"] else knob.metadata["high"]
         other = not knob.default if isinstance(knob.default, bool) else other
         assert getattr(chosen(kind, REGISTRIES[kind], {kind: name, knob.name: other}), knob.name) == other

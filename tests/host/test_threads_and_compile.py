@@ -143,11 +143,11 @@ def test_memory_that_runs_out_on_one_gpu_does_not_take_from_another_in_mid_use(m
     ready, gone = threading.Event(), threading.Event()
     combine = step_cache.combine
 
-    def slow(weights, snapshots, anchor=None):
+    def slow(weights, snapshots, anchor=None, **more):
         if threading.current_thread().name == "second":
             ready.wait(5)
             raise torch.OutOfMemoryError("no memory")
-        return combine(weights, snapshots, anchor)
+        return combine(weights, snapshots, anchor, **more)
 
     policy = Asked(False, [])
     cache = StepCache(policy, PREDICTORS["hold"]().candidates(), Governor(2.0, 0.0, 4), Report())

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from pack.core.families import FAMILIES, Side, Stack, Unfamiliar, family_of
-from pack.core.stepcache.levels.block_range import BlockRange, alike
+from pack.core.stepcache.levels.block_range import BlockRange
+from pack.core.stepcache.levels.passage import alike
 
 JOINED = Stack("double", inputs=("img", "txt"), stream="img", returns=("img", "txt"), joined=("txt", "img"))
 PAIR = Stack("pair", inputs=("x",), packed=("video", "audio"), stream="video", also=("audio",), returns=("video", "audio"), joined=("video",))

@@ -1,8 +1,10 @@
 """Levels, in menu order. A new one is a file here and a line below."""
 from ...registry import Registry
 from .automatic import Automatic
-from .base import Blocks, Call, Level, Seam
+from .base import Blocks, Call, Level, Seam, Unfit
 from .block_range import BlockRange
+from .block_ranges import BlockRanges
+from .front_or_rear import FrontOrRearRange
 from .guided_output import GuidedOutput
 from .model_output import ModelOutput
 from .unet_depth import UnetDepth
@@ -16,6 +18,8 @@ LEVELS = Registry(
     BlockRange,
     UnetDepth,
     UnetEncoder,
+    FrontOrRearRange,
+    BlockRanges,
 )
 
-__all__ = ["LEVELS", "BlockRange", "Blocks", "Call", "GuidedOutput", "Level", "ModelOutput", "Seam", "UnetEncoder"]
+__all__ = ["LEVELS", "BlockRange", "Blocks", "Call", "GuidedOutput", "Level", "ModelOutput", "Seam", "UnetEncoder", "Unfit"]

@@ -10,6 +10,10 @@ from ...families import Family, Side, Stack
 from ...store import Row
 
 
+class Unfit(Exception):
+    """The model has not the blocks that a level's knobs name, or cannot do without them; it says so."""
+
+
 class Seam(Enum):
     """The host's three nested calls that a level may wrap."""
 
@@ -30,6 +34,11 @@ class Blocks:
     @classmethod
     def of(cls, family: Family, network) -> "Blocks":
         return cls(family, family.blocks(network), family.always_run(network), family.side_modules(network))
+
+    @property
+    def go_on(self) -> bool:
+        """Whether blocks can run after a skipped range."""
+        return not any(side.chained for side, _ in self.sides) and all(stack.joined for stack, _ in self.every)
 
 
 @dataclass(frozen=True)

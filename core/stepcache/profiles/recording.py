@@ -37,7 +37,7 @@ class Listening:
 class Ear:
     """Stands where the step cache of a run would be, for a level that works inside the model: it takes down what it is shown."""
 
-    broken = ""
+    broken, each = "", None
 
     def __init__(self, signal: str):
         self.policy = Listening(signal)
