@@ -48,6 +48,10 @@ class ZImageConfig:
     time_scale: float = 1000.0
     pad_tokens_multiple: int = 8
 
+    def __post_init__(self):
+        if self.dim < 256:
+            raise ValueError(f"a dim of {self.dim} is below 256, the width of Z-Image's time embedding, which the host cannot load; make it 256 at least")
+
     def as_dict(self) -> dict:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 

@@ -67,7 +67,7 @@ PLANS = {
 NETS = {
     "flux": arch.Flux,
     "zimage": arch.ZImage,
-    "zimage-drawn": lambda: arch.ZImage(arch.ZImageConfig(dim=128, n_heads=1, n_kv_heads=1, n_layers=4, multiple_of=32)),
+    "zimage-drawn": lambda: arch.ZImage(arch.ZImageConfig(n_layers=2, ffn_dim_multiplier=2.0, multiple_of=32)),
 }
 
 
