@@ -45,6 +45,7 @@ SUBJECTS = (
     Subject("flux_tiny.safetensors", captions.DEMO[:8]),
     Subject("z_image_tiny.safetensors", captions.DEMO[:8], shift=3.0),
     Subject("tiny_flux_trained128.safetensors", DRAWN),
+    Subject("tiny_z_image_trained128.safetensors", DRAWN, shift=3.0),
 )
 VAE = PatchVAE()
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._pictures import DRAWN, MODELS, Subject, conditions
-from testbed import captions, procedural, tiny
+from testbed import procedural, tiny
 
 SAMPLERS = ("euler", "dpmpp_2m")
 SEEDS = 2
@@ -89,6 +89,6 @@ def drawn(seed: int) -> tuple[str, ...]:
 
 SUBJECTS = {
     "flux": Trained(Subject("tiny_flux_trained128.safetensors", DRAWN), {CHOOSE: DRAWN, SCORE: drawn(778), PEERS: DRAWN}),
-    "zimage": Trained(Subject("z_image_tiny.safetensors", captions.DEMO, shift=3.0), {CHOOSE: captions.DEMO[:8], SCORE: captions.DEMO[8:16]}),
+    "zimage": Trained(Subject("tiny_z_image_trained128.safetensors", DRAWN, shift=3.0), {CHOOSE: DRAWN, SCORE: drawn(778)}),
     "wan": Seeded("wan", "wan, seeded"),
 }

@@ -12,4 +12,4 @@ def preset_settings(name: str, **memory) -> Settings:
     """`memory`: what every preset lets the user choose: few_steps, budget_mib, storage, device."""
     if name not in TOLERANCE:
         raise ValueError(f"unknown preset '{name}'; known: {', '.join(PRESETS)}, custom")
-    return Settings(ErrorControl(TOLERANCE[name]), AutomaticPredictor(), AutomaticLevel(), preset=name, **memory)
+    return Settings(ErrorControl(TOLERANCE[name]), AutomaticPredictor(), AutomaticLevel(), max_consecutive_skips=0, preset=name, **memory)

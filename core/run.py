@@ -16,7 +16,7 @@ from .step import Clock, Step
 from .stepcache.cache import StepCache
 from .stepcache.corrections import Correction, NoCorrection
 from .stepcache.each_range import EachRange
-from .stepcache.governor import DETERMINISTIC, Governor
+from .stepcache.governor import DETERMINISTIC, Governor, most_skips
 from .stepcache.levels import GuidedOutput, Level, Seam
 from .stepcache.look_back import LookBack, most_bytes
 from .stepcache.policies import Policy
@@ -41,7 +41,7 @@ class Settings:
     level: Level
     start_percent: float = 0.0
     end_percent: float = 1.0
-    max_consecutive_skips: int = 4
+    max_consecutive_skips: int = 4      # 0: by the run's length
     preset: str = "custom"
     correction: Correction = NoCorrection()
     warm_up: int = 1            # evaluations at the start that are always computed
@@ -55,7 +55,7 @@ class Settings:
         for name, known in (("storage", STORAGE), ("device", DEVICES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} '{getattr(self, name)}'; known: {', '.join(known)}")
-        for name, least in (("warm_up", 1), ("last_steps", 1), ("budget_mib", 0)):
+        for name, least in (("warm_up", 1), ("last_steps", 1), ("budget_mib", 0), ("max_consecutive_skips", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.storage == "fp8" and not any(c.depth == 1 for c in self.predictor.candidates()):
@@ -92,11 +92,11 @@ class Run:
         """
         self.family, self.level, self.shape = family, settings.level.resolve(settings.policy), shape
         self.clock = Clock(sigmas, flow)
-        steady = sampler in DETERMINISTIC
+        steady, longest = sampler in DETERMINISTIC, settings.max_consecutive_skips or most_skips(self.clock.steps)
         candidates = [c for c in settings.predictor.candidates() if steady or c.depth <= 2] or [Hold(), DividedDifferences(1)]
         self.report = Report(
             model=family.name, sampler=sampler, steps=self.clock.steps, policy=settings.policy.name, predictor=settings.predictor.name,
-            level=self.level.name, settings=settings.as_dict())
+            level=self.level.name, settings=settings.as_dict() | {"max_consecutive_skips": longest})
         if self.level.serves not in (None, family.kind):
             self.level, unfit = GuidedOutput(), self.level
             self.report.level = self.level.name
@@ -108,7 +108,7 @@ class Run:
         if settings.storage == "fp8" and any(c.depth > 1 for c in candidates):
             candidates = [c for c in candidates if c.depth == 1] or [Hold()]
             self.report.add_reason("fp8 is too coarse to extrapolate from, so the last result stands in as it is")
-        skips = settings.max_consecutive_skips if steady else min(settings.max_consecutive_skips, 1)
+        skips = longest if steady else min(longest, 1)
         governor = Governor(start_sigma, end_sigma, skips, max(settings.warm_up, family.warm_up), settings.last_steps)
         solver = SOLVERS.get(sampler) if getattr(self.level, "look_back", False) and plain else None
         policy = settings.policy

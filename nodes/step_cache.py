@@ -40,9 +40,9 @@ class StepCache(io.ComfyNode):
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
                                tooltip="Skips are allowed up to this share of the noise schedule; the last step is always computed. "
                                        "Used by the preset 'custom'."),
-                io.Int.Input("max_consecutive_skips", default=4, min=1, max=50, optional=True, advanced=True,
-                             tooltip="After so many skips in a row an evaluation is computed; Heun and its kin evaluate twice per step. "
-                                     "Used by the preset 'custom'."),
+                io.Int.Input("max_consecutive_skips", default=4, min=0, max=50, optional=True, advanced=True,
+                             tooltip="After so many skips in a row an evaluation is computed; Heun and its kin evaluate twice per step. 0 goes by the "
+                                     "run's length: a sixth of the steps, but at least 4. Used by the preset 'custom'; the others have 0."),
                 choice("correction", CORRECTIONS, tooltip="Puts a prediction right by what was learnt in the run. Used by the preset 'custom'."),
                 io.Int.Input("warm_up", default=1, min=1, max=50, optional=True, advanced=True,
                              tooltip="So many evaluations at the start are always computed. Used by the preset 'custom'."),

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from ..step import Step
 
 FEWEST_STEPS = 9
+MOST_SKIPS = 4, 1 / 6     # in a row: so many, or this share of the steps if that is more
 
 # The host's sampler functions, less their "sample_", that add no noise on the way and forgive an error. Any other
 # gets short skips and low orders, the multistep CFG++ samplers among them, which build every error up.
@@ -42,6 +43,12 @@ class Governor:
         if skips >= self.max_skips:
             return "most skips in a row"
         return ""
+
+
+def most_skips(steps: int) -> int:
+    """In a row, where nobody said how many."""
+    least, share = MOST_SKIPS
+    return max(least, int(steps * share))
 
 
 def stand_down(steps: int, wrapper_keys: set[str], option_keys: set[str], model: str = "", sampler: str = "", few_steps: bool = False) -> str:

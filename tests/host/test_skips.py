@@ -53,6 +53,13 @@ def test_the_first_and_the_last_step_are_always_computed_and_skips_in_a_row_are_
     assert decisions(report) == [True, False, False, False] * 2 + [True, False, False, True]
 
 
+@pytest.mark.parametrize(("steps", "most"), [(12, 4), (28, 4), (36, 6), (50, 8)])
+def test_skips_in_a_row_go_by_the_length_of_the_run_where_nobody_bounds_them(steps, most):
+    _, report = run(model("flux"), "flux", steps=steps, cfg=1.0, cached={"policy": EVERYTHING, "level": "guided output", "max_consecutive_skips": 0})
+    rows = "".join("." if computed else "s" for computed in decisions(report)).split(".")
+    assert max(map(len, rows)) == most == report.settings["max_consecutive_skips"]
+
+
 @pytest.mark.parametrize("level", CONCRETE)
 def test_start_and_end_percent_keep_the_skips_inside(level):
     space = model("flux").get_model_object("model_sampling")

@@ -137,7 +137,18 @@ def test_a_computed_step_without_skips_before_it_costs_nothing():
     made = budget()
     made.settle(None)
     made.settle(0.3)
-    assert made.total == 0.0 and made.ratio == EXPECTED_TOO_LOW
+    assert made.total == 0.0
+
+
+@pytest.mark.parametrize("ratio", [0.3, EXPECTED_TOO_LOW, 8.0])
+def test_while_every_step_is_computed_errors_come_to_be_taken_as_they_are_expected(ratio):
+    made = budget()
+    made.ratio = ratio
+    distances = []
+    for _ in range(20):
+        distances.append(abs(made.ratio - 1))
+        made.settle(None)
+    assert distances == sorted(distances, reverse=True) and distances[1] < distances[0] and made.ratio == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("error", [None, math.inf])
