@@ -66,8 +66,9 @@ def curves(rows: Iterable[dict]) -> dict[tuple, list[Curve]]:
         if row["psnr_image_each"] is None or row["alone"]:
             continue
         key = strength_free(row)
-        predictor = (row["settings"].get("predictor") or {})
-        label = " ".join(str(part) for part in (row["method"], predictor.get("name", ""), predictor.get("order", "")) if part != "")
+        predictor, level = row["settings"].get("predictor") or {}, row["settings"].get("level")
+        parts = (row["method"], predictor.get("name", ""), predictor.get("order", ""), *(("at", *level.values()) if isinstance(level, dict) else ()))
+        label = " ".join(str(part) for part in parts if part != "")
         found[tuple(row[name] for name in CELL)].setdefault(key, Curve(row["method"], label)).add(row)
     return {cell: list(by_key.values()) for cell, by_key in found.items()}
 

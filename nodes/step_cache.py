@@ -23,7 +23,8 @@ class StepCache(io.ComfyNode):
             category="reprise",
             description="Skips sampling steps whose result can be predicted from the steps before, and reports the error it made. "
                         "Approximate: the picture stays close to the full one, not identical. Any diffusion model.",
-            search_aliases=["teacache", "taylorseer", "first block cache", "easycache", "magcache", "deepcache", "wavespeed", "speed up", "skip steps"],
+            search_aliases=[
+                "teacache", "taylorseer", "first block cache", "easycache", "magcache", "deepcache", "delta-dit", "wavespeed", "speed up", "skip steps"],
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model to sample with."),
                 io.Boolean.Input("enabled", default=True, optional=True,
@@ -34,7 +35,7 @@ class StepCache(io.ComfyNode):
                             "custom uses the settings below."),
                 choice("policy", POLICIES, tooltip="Decides which steps to skip. Used by the preset 'custom'."),
                 choice("predictor", PREDICTORS, tooltip="Stands in for what a skipped step would have computed. Used by the preset 'custom'."),
-                choice("level", LEVELS, tooltip="What is skipped: everything, the model, or its later blocks. Used by the preset 'custom'."),
+                choice("level", LEVELS, tooltip="What is skipped: everything, the model, or some of its blocks. Used by the preset 'custom'."),
                 io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
                                tooltip="Skips are allowed from this share of the noise schedule on. Used by the preset 'custom'."),
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,

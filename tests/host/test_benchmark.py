@@ -72,13 +72,36 @@ def test_settings_of_the_benchmark_are_knobs_of_their_policies(name):
     known = {field.name for field in knobs(POLICIES[name])}
     if name in _methods.SETTINGS:
         series = _methods.SETTINGS[name]
-        assert len(series.strengths) >= 3 and all(known.issuperset(strength) for strength in series.strengths) and series.level in LEVELS
+        assert len(series.strengths) >= 3 and all(known.issuperset(strength) for strength in series.strengths)
+        assert not series.level.knobs and series.level.name in LEVELS     # with knobs it is told in another way, and finished rows are not found
+
+
+@pytest.mark.parametrize("name, series", _methods.AT_LEVELS, ids=lambda value: value if isinstance(value, str) else value.family)
+def test_policies_at_levels_with_knobs_are_rows_of_their_own_that_tell_them(name, series):
+    known = {field.name for field in knobs(LEVELS[series.level.name])}
+    assert {knob for knob, _ in series.level.knobs} == known and name in POLICIES
+    for method in _methods.in_series(name, series, 20, quick=False):
+        assert method.settings["level"] == {"name": series.level.name, **{knob: getattr(method.attached.level, knob) for knob in known}}
+        assert method.attached.level == series.level.made(LEVELS)
+
+
+@pytest.mark.parametrize("model", list(_grid.SUBJECTS))
+def test_a_model_is_measured_at_its_own_ranges_of_blocks_alone_and_they_fit_it(model):
+    planned = _grid.planned(_grid.Cell(model, "euler", 20, 1.0), False)
+    at_levels = [method for method in planned if isinstance(method.settings.get("level"), dict)]
+    assert 2 < len(at_levels) <= 4 and len({method.attached.level for method in at_levels}) == 2
+    bench = _grid.Bench(_grid.Cell(model, "euler", 20, 1.0, prompts=1))
+    for method in at_levels:
+        reports = []
+        bench.sample(method.applied(bench.patcher, reports.append), bench.pictures, 20)
+        [report] = reports
+        assert report.level == method.attached.level.name and any(0 < each.share < 1 for each in report.each), report.reason
 
 
 def test_a_policy_without_settings_runs_at_its_defaults_and_says_so(monkeypatch, caplog):
     monkeypatch.delitem(_methods.SETTINGS, "interval")
     _methods.warn.cache_clear()
-    (method,) = by_name("interval")
+    (method,) = [method for method in by_name("interval") if method.settings["level"] == "automatic"]
     assert method.attached.policy == POLICIES["interval"]() and "SETTINGS" in caplog.text
 
 

@@ -64,6 +64,14 @@ def test_settings_with_other_predictors_are_other_curves():
     assert sorted(curve.label for curve in curves(rows)["m", "euler", 28, 1.0]) == ["a p 1", "a p 2"]
 
 
+def test_levels_with_other_knobs_are_other_curves():
+    levels = ("l", {"name": "l", "k": 0.5}, {"name": "l", "k": 0.7}, {"name": "m", "k": 0.5})
+    rows = [made for level in levels for n in (1, 2) for made in both("a", settings={"n": n, "predictor": {"name": "p"}, "level": level})]
+    found = curves(rows)["m", "euler", 28, 1.0]
+    assert sorted(curve.label for curve in found) == ["a p", "a p at l 0.5", "a p at l 0.7", "a p at m 0.5"]
+    assert all(len(curve.points["score"]) == 2 for curve in found)
+
+
 def test_a_setting_that_costs_more_and_is_worth_less_is_no_part_of_a_curve():
     (curve,) = curves(line("a", {8: 40, 10: 30, 12: 50}))["m", "euler", 28, 1.0]
     assert [json.loads(settings)["n"] for settings in curve.kept()] == [8, 12]
