@@ -261,14 +261,11 @@ def test_what_a_frame_leaves_behind_is_freed_on_its_owners_account(tmp_path, mon
     passed: list[int] = []
     monkeypatch.setattr(_meter, "perf_counter", lambda: sum(passed))
 
-    class Left:
-        def __del__(self):
-            passed.append(16)
-
-    source = {"engine": "def work(passes, host, left):\n    host(left)\n    passes(1)\n", "host": "def call(left):\n    mine = left()\n"}
-    spaces: dict[str, dict] = {}
+    source = {"engine": "def work(passes, host, left):\n    host(left)\n    passes(1)\n", "host": "def call(left):\n    mine = left()\n",
+              "library": "class Left:\n    def __del__(self):\n        passes(16)\n"}
+    spaces: dict[str, dict] = {"library": {"passes": passed.append}}
     for name, text in source.items():
         exec(compile(text, str(tmp_path / name / "file.py"), "exec"), spaces.setdefault(name, {}))     # noqa: S102 - the owner is told by the file
     with _meter.Meter(tmp_path / "host", engine=(tmp_path / "engine",)) as meter:
-        spaces["engine"]["work"](passed.append, spaces["host"]["call"], Left)
+        spaces["engine"]["work"](passed.append, spaces["host"]["call"], spaces["library"]["Left"])
     assert meter.spent == {_meter.ENGINE: 1, _meter.HOST: 16}
