@@ -2,6 +2,8 @@
 
 A frame of the engine's files belongs to the engine, one of the host's or of the benchmark to the host; any other, torch's
 for one, to whoever called it. Time goes to the owner of the frame that runs, without the time that the profiler takes.
+What a frame leaves behind is freed after it has returned, which for the tensors of a block takes as long as a small kernel;
+so the meter holds on to the frame until the next event and charges that to the owner of the frame, not to whoever called it.
 On a GPU it waits for the device wherever the owner changes, so that kernels are charged to who launched them.
 """
 import sys
@@ -20,6 +22,7 @@ class Meter:
         self.folders = [(str(folder.resolve()), ENGINE) for folder in engine] + [(str(folder.resolve()), HOST) for folder in (host, ROOT)]
         self.wait, self.owners = wait, {}
         self.spent, self.owner, self.stack = {ENGINE: 0.0, HOST: 0.0}, HOST, []
+        self.returned = None    # the frame that returned last, and its owner
 
     def __enter__(self) -> "Meter":
         self.last = perf_counter()
@@ -28,6 +31,7 @@ class Meter:
 
     def __exit__(self, *exception) -> None:
         sys.setprofile(None)
+        self.returned = None
 
     def owner_of(self, code) -> str | None:
         """The owner of a piece of code; None for one that works for its caller."""
@@ -37,7 +41,14 @@ class Meter:
         return self.owners[code]
 
     def event(self, frame, event, argument) -> None:
-        self.spent[self.owner] += perf_counter() - self.last
+        begun = perf_counter()
+        self.spent[self.owner] += begun - self.last
+        if self.returned is not None:
+            _, owner = self.returned
+            self.returned = _ = None
+            self.spent[owner] += perf_counter() - begun
+        if event == "return":
+            self.returned = frame, self.owner
         if event == "call":
             self.stack.append(self.owner)
             self.change(self.owner_of(frame.f_code) or self.owner)

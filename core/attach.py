@@ -233,6 +233,8 @@ def move(keyframes, sigma: float, schedule: torch.Tensor | None):
 
 
 def within(sigma: float, start: float | None, end: float | None) -> bool:
+    if start is None and end is None:
+        return True
     now = torch.tensor(sigma)
     return (start is None or bool(now <= float(start))) and (end is None or bool(now >= float(end)))
 

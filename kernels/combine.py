@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._triton import tl, triton, usable
-from .drift import FLOOR, relative_error, sampled, stride
+from .drift import FLOOR, relative_error, sampled, size, stride
 from .spec import Case, Kernel
 
 MOST = 8            # snapshots that the kernel takes
@@ -37,18 +37,27 @@ def combine(
 
 def combine_error(weights: Sequence[float], snapshots: Sequence[Tensor], actual: Tensor) -> Tensor:
     """The drift from `actual` of what `combine` would return in its type, without making that. 0-d fp32 on the device."""
-    checked(weights, snapshots, [actual], actual.dtype)
-    run = fused_error if fits(snapshots, [actual], actual.dtype) else reference_error
-    return run(weights, snapshots, actual)
+    (error,) = combine_errors([(weights, snapshots)], actual)
+    return error
+
+
+def combine_errors(sums: Sequence[tuple[Sequence[float], Sequence[Tensor]]], actual: Tensor) -> list[Tensor]:
+    """`combine_error` of several sums, weights and snapshots, at once: what they share is worked out once, and no bit differs."""
+    for weights, snapshots in sums:
+        checked(weights, snapshots, [actual], actual.dtype)
+    if all(fits(snapshots, [actual], actual.dtype) for _, snapshots in sums):
+        return [fused_error(weights, snapshots, actual) for weights, snapshots in sums]
+    return reference_errors(sums, actual)
 
 
 def checked(weights, snapshots, others, out_dtype: torch.dtype | None) -> torch.dtype:
     """The type of the result; ValueError where the arguments make no sense together."""
     if not snapshots or len(weights) != len(snapshots):
         raise ValueError(f"{len(weights)} weights came with {len(snapshots)} snapshots; pass at least one snapshot, and one weight for each")
-    shapes = {tuple(tensor.shape) for tensor in (*snapshots, *others)}
+    shapes = {tensor.shape for tensor in (*snapshots, *others)}
     if len(shapes) > 1:
-        raise ValueError(f"tensors of the shapes {', '.join(map(str, sorted(shapes)))} came together; combine takes snapshots, anchor and against of one")
+        told = ", ".join(str(tuple(shape)) for shape in sorted(shapes))
+        raise ValueError(f"tensors of the shapes {told} came together; combine takes snapshots, anchor and against of one")
     dtype = out_dtype or snapshots[0].dtype
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise ValueError(f"the result would be {dtype}, which cannot hold a sum; tell out_dtype, one of {', '.join(map(str, FLOATS))}")
@@ -68,10 +77,15 @@ def fits(snapshots: Sequence[Tensor], others: Sequence[Tensor], dtype: torch.dty
 
 # plain torch: the definition of right ----------------------------------------------------------------------------------
 def reference(weights, snapshots, anchor=None, *, out_dtype=None, against=None):
-    out = torch.zeros_like(snapshots[0], dtype=torch.float32) if anchor is None else anchor.to(torch.float32, copy=True)
-    for weight, snapshot in zip(weights, snapshots, strict=True):
-        if weight:
-            out.add_(snapshot.float() if snapshot.dtype is FP8 else snapshot, alpha=weight)     # torch does no sums with fp8
+    terms = [(weight, snapshot) for weight, snapshot in zip(weights, snapshots, strict=True) if weight]
+    if anchor is not None:
+        out = anchor.to(torch.float32, copy=True)
+    elif terms:
+        out = terms[0][1].float() * terms.pop(0)[0]
+    else:
+        out = torch.zeros_like(snapshots[0], dtype=torch.float32)
+    for weight, snapshot in terms:
+        out.add_(snapshot.float() if snapshot.dtype is FP8 else snapshot, alpha=weight)     # torch does no sums with fp8
     dtype = out_dtype or snapshots[0].dtype
     if dtype is torch.float16:
         out.clamp_(-65504.0, 65504.0)
@@ -80,7 +94,22 @@ def reference(weights, snapshots, anchor=None, *, out_dtype=None, against=None):
 
 
 def reference_error(weights, snapshots, actual):
-    return relative_error(reference(weights, [sampled(snapshot) for snapshot in snapshots], out_dtype=actual.dtype), sampled(actual))
+    (error,) = reference_errors([(weights, snapshots)], actual)
+    return error
+
+
+def reference_errors(sums, actual):
+    actual = sampled(actual)
+    known, samples = size(actual), {id(snapshot): snapshot for _, snapshots in sums for snapshot in snapshots}
+    samples = {key: sampled(snapshot) for key, snapshot in samples.items()}
+    return [relative_error(said(weights, [samples[id(s)] for s in snapshots], actual.dtype), actual, known) for weights, snapshots in sums]
+
+
+def said(weights, snapshots, dtype: torch.dtype) -> Tensor:
+    """What `reference` gives, or the snapshot itself where that is all of it."""
+    if dtype is not torch.float16 and weights[-1] == 1.0 and not any(weights[:-1]):
+        return snapshots[-1].to(dtype)
+    return reference(weights, snapshots, out_dtype=dtype)
 
 
 # Triton ----------------------------------------------------------------------------------------------------------------

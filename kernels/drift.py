@@ -11,11 +11,18 @@ def stride(elements: int, most: int | None = None) -> int:
 
 
 def sampled(value: Tensor, most: int | None = None) -> Tensor:
-    """A strided view of at most about twice `most` (SAMPLE) elements."""
+    """A view, strided where it is long, of at most about twice `most` (SAMPLE) elements."""
     flat = value.reshape(-1)
-    return flat[:: stride(flat.numel(), most)]
+    step = stride(flat.numel(), most)
+    return flat if step == 1 else flat[::step]
 
 
-def relative_error(predicted: Tensor, actual: Tensor) -> Tensor:
-    """0-d, fp32, still on the device."""
-    return (predicted.float() - actual.float()).abs().mean() / actual.float().abs().mean().clamp_min(FLOOR)
+def size(actual: Tensor) -> Tensor:
+    """mean|b|, what drifts from b are relative to. 0-d, fp32, still on the device."""
+    return actual.float().abs().mean().clamp_min(FLOOR)
+
+
+def relative_error(predicted: Tensor, actual: Tensor, known: Tensor | None = None) -> Tensor:
+    """0-d, fp32, still on the device. `known` is the size of `actual`, for whoever compares several things with it."""
+    off = (predicted.float() - actual.float()).abs_()
+    return off.mean() / (size(actual) if known is None else known)

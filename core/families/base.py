@@ -62,6 +62,11 @@ class Stack:
         """What goes into a block and comes out again, by name."""
         return self.checked({name: self.argument(args, kwargs, name) for name in self.returns})
 
+    def untouched(self, args: tuple, kwargs: dict):
+        """What a block returns that does no more than hand on what it is given."""
+        result = [self.argument(args, kwargs, name) for name in self.returns]
+        return result[0] if len(result) == 1 else tuple(result)
+
     def given(self, result) -> dict[str, Tensor]:
         """What comes out of a block, by name."""
         values = (result,) if len(self.returns) == 1 else result
@@ -84,6 +89,8 @@ class Stack:
         """The image tokens of a stream, `tokens` in number."""
         if stream.shape[1] < tokens:
             raise Unfamiliar(f"a block of {self.attribute} has {stream.shape[1]} tokens, and the image alone has {tokens}")
+        if stream.shape[1] == tokens:
+            return stream
         return stream[:, :tokens] if self.image_first else stream[:, stream.shape[1] - tokens:]
 
     def with_image(self, stream: Tensor, image: Tensor) -> Tensor:

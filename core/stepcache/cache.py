@@ -25,6 +25,11 @@ from .predictors.hold import Hold
 from .signal import MODEL_INPUT, NOTHING, OUTPUT, Watch, signal_of
 
 
+def whole(value: Tensor) -> Tensor:
+    """A tensor that is scored in one piece."""
+    return value
+
+
 class StepCache:
     """One per run, dropped with it; there is no reset.
 
@@ -193,7 +198,7 @@ class StepCache:
                     for part, cut in self.parts(row, value):
                         # what has to be fetched comes one by one, and no more of it stays than a score looks at
                         look = cut if past[-1].came is None else lambda t, cut=cut: sampled(cut(t)).clone()
-                        seen, actual = [Snapshot(s.step, look(s.value)) for s in past], look(value)
+                        seen, actual = past if look is whole else [Snapshot(s.step, look(s.value)) for s in past], look(value)
                         self.hindcast.measure(part, seen, self.step, actual)
                         self.hindcast.score(seen, self.step, actual, gram, {predictor: look(guess) for predictor, guess in said.items()})
             if self.correcting is not None:
@@ -206,8 +211,8 @@ class StepCache:
     def parts(self, row: Row, value: Tensor) -> list[tuple[Row, Callable[[Tensor], Tensor]]]:
         """What of a row's tensor is scored apart, so that the longest does not drown the others: under which row, and how it is cut out."""
         if not self.packed or value.shape[1:] != (1, sum(self.packed)):
-            return [(row, lambda whole: whole)]
-        return [(row._replace(stream=f"latent {n}"), lambda whole, n=n: whole.split(self.packed, -1)[n].contiguous()) for n in range(len(self.packed))]
+            return [(row, whole)]
+        return [(row._replace(stream=f"latent {n}"), lambda value, n=n: value.split(self.packed, -1)[n].contiguous()) for n in range(len(self.packed))]
 
     def handed_out(self, d: Tensor) -> Tensor:
         """The derivative to hand out where `d` stands in for the whole evaluation."""

@@ -8,8 +8,9 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
-from ...kernels.combine import combine, combine_error
+from ...kernels.combine import combine, combine_errors
 from ...kernels.drift import relative_error, sampled
 from ..step import Step
 from ..store import SAME_PLACE, Snapshot
@@ -56,23 +57,28 @@ class Hindcast:
         if abs(step.place - past[-1].step.place) < SAME_PLACE:
             self.waiting.append((AGAIN, 1.0, relative_error(sampled(past[-1].value), sampled(actual))))
             return
+        sums, reaches = {}, {}
         for candidate in self.candidates:
             if len(past) >= candidate.history:
                 used, weights = weighed(candidate, past, step, gram)
-                if candidate in said:
-                    error = relative_error(sampled(said[candidate]), sampled(actual))
-                else:
-                    error = combine_error(weights, [snapshot.value for snapshot in used], actual)
-                self.waiting.append((candidate, candidate.reach([snapshot.step for snapshot in used], step), error))
+                sums[candidate] = weights, [snapshot.value for snapshot in used]
+                reaches[candidate] = candidate.reach([snapshot.step for snapshot in used], step)
+        alone = [candidate for candidate in sums if candidate not in said]
+        errors = dict(zip(alone, combine_errors([sums[candidate] for candidate in alone], actual), strict=True))
+        errors |= {candidate: relative_error(sampled(said[candidate]), sampled(actual)) for candidate in sums if candidate in said}
+        self.waiting += [(candidate, reaches[candidate], errors[candidate]) for candidate in sums]
 
     def measure(self, row, past: Sequence[Snapshot], step: Step, actual: Tensor) -> None:
         """What the skips before this computed step got wrong: |sum of gap (H~ - H')| / |H|.
 
         H~ is the polynomial through the two snapshots before and the new one, which closes the bracket.
         """
-        group, seen = self.stood_in.pop(row, []), sampled(actual)
+        group = self.stood_in.pop(row, [])
+        if not group:
+            return
+        seen = sampled(actual)
         fits = all(said.shape == seen.shape and said.device == seen.device for _, said in group)
-        if group and fits and abs(step.place - past[-1].step.place) >= SAME_PLACE:
+        if fits and abs(step.place - past[-1].step.place) >= SAME_PLACE:
             nodes = [*((s.step.place, sampled(s.value)) for s in past[-2:]), (step.place, seen)]
             off = torch.zeros_like(seen, dtype=torch.float32)
             for at, said in group:
@@ -83,7 +89,8 @@ class Hindcast:
     def weigh(self, x: Tensor, denoised: Tensor, sigma: float) -> None:
         """Note |d| / |D|, d = (x - D) / sigma."""
         x, denoised = sampled(x).float(), sampled(denoised).float()
-        self.waiting.append((SCALE, 1.0, (x - denoised).norm() / sigma / denoised.norm().clamp_min(1e-12)))
+        d = vector_norm(x - denoised) / sigma
+        self.waiting.append((SCALE, 1.0, d / vector_norm(denoised).clamp_min(1e-12)))
 
     def settle(self, best) -> float | None:
         """Read the scores back, in one transfer, and remember them. `best` is the candidate that would have been used.

@@ -263,3 +263,17 @@ def test_time_goes_to_the_owner_of_the_frame_that_runs(tmp_path, monkeypatch):
     assert sys.getprofile() is None
     assert meter.spent == {_meter.ENGINE: 13, _meter.HOST: 2}
     assert len(waited) == 4     # into the engine, out to the host, back, and out at the end
+
+
+def test_what_a_frame_leaves_behind_is_freed_on_its_owners_account(tmp_path, monkeypatch):
+    passed: list[int] = []
+    monkeypatch.setattr(_meter, "perf_counter", lambda: sum(passed))
+
+    source = {"engine": "def work(passes, host, left):\n    host(left)\n    passes(1)\n", "host": "def call(left):\n    mine = left()\n",
+              "library": "class Left:\n    def __del__(self):\n        passes(16)\n"}
+    spaces: dict[str, dict] = {"library": {"passes": passed.append}}
+    for name, text in source.items():
+        exec(compile(text, str(tmp_path / name / "file.py"), "exec"), spaces.setdefault(name, {}))     # noqa: S102 - the owner is told by the file
+    with _meter.Meter(tmp_path / "host", engine=(tmp_path / "engine",)) as meter:
+        spaces["engine"]["work"](passed.append, spaces["host"]["call"], spaces["library"]["Left"])
+    assert meter.spent == {_meter.ENGINE: 1, _meter.HOST: 16}

@@ -39,7 +39,7 @@ class OfBlocks:
             cache.ran(len(call.rows), 1.0)
             return compute()
         passage = Passage(cache, call, self.spans(cache, call.blocks), self.precise)
-        with passage.installed():
+        with passage:
             result = compute()
         main, skipped, finished = call.rows[0].ordinal == 0, passage.skipped, passage.finished
         if not finished and main and call.rows[0].patches:

@@ -8,7 +8,6 @@ skipped range, a ControlNet's residuals say, was added when H was computed, so i
 what it adds after the last one is that of the present step.
 """
 from collections.abc import Iterable
-from contextlib import contextmanager
 
 import torch
 
@@ -54,6 +53,7 @@ class Passage:
         self.tokens: int | None = None      # of the image
         self.place = -1                     # of the block that was reached last
         self.count, self.sides = 0, set()   # blocks and side modules that ran
+        self.before: list = []              # what modules have of their own, and what they had as `forward` before
 
     @property
     def skipped(self) -> bool:
@@ -75,25 +75,31 @@ class Passage:
         for span in self.spans:
             span.anchor = None
 
-    @contextmanager
-    def installed(self):
-        """Put a proxy before every block; take away exactly what was put there."""
-        before, inside = [], [None] * len(self.blocks.every)
+    def __enter__(self) -> "Passage":
+        """Put a proxy before every block."""
+        inside = [None] * len(self.blocks.every)
         for span in self.spans:
             inside[span.first: span.end] = [span] * (span.end - span.first)
         proxies = [(block, self.proxy(place, stack, block, inside[place])) for place, (stack, block) in enumerate(self.blocks.every)]
         proxies += [(module, self.side_proxy(side, module)) for side, module in self.blocks.sides]
         try:
             for module, proxy in proxies:
-                before.append((module, vars(module).get("forward", ABSENT)))
-                module.forward = proxy
-            yield
-        finally:
-            for module, forward in before:
-                if forward is ABSENT:
-                    del module.forward
-                else:
-                    module.forward = forward    # a compiled block owns its forward
+                own = vars(module)      # and not by way of setattr, in which a module first looks through its parameters
+                self.before.append((own, own.get("forward", ABSENT)))
+                own["forward"] = proxy
+        except BaseException:   # Ctrl-C
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception) -> None:
+        """Take away exactly what was put there."""
+        for own, forward in reversed(self.before):
+            if forward is ABSENT:
+                del own["forward"]
+            else:
+                own["forward"] = forward    # a compiled block owns its forward
+        self.before = []
 
     def proxy(self, place: int, stack, block, span: Span | None):
         original = block.forward
@@ -114,6 +120,8 @@ class Passage:
                     span.finished = True
                     self.attempt(lambda: self.learn(span, stack.given(result), stack))
                 return result
+            if 0 < place < span.end - 1:
+                return stack.untouched(args, kwargs)
             values = stack.taken(args, kwargs)
             if place == 0:      # the host may hold on to the first block's input, and adds to what blocks return
                 values = {name: None if value is None else value.clone() for name, value in values.items()}
@@ -166,7 +174,7 @@ class Passage:
         said: dict[str, list] = {name: [] for name in span.anchor}
         for row, part in self.parts(span, span.anchor):
             said[row.stream].append(self.cache.predict(row, part).to(part.dtype))
-        streams = {name: torch.cat(parts) for name, parts in said.items()}
+        streams = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in said.items()}
         main = streams.pop("")
         span.finished = True
         if span.whole:
@@ -199,10 +207,11 @@ class Passage:
 
     def parts(self, span: Span, streams: dict):
         """The streams of a range cut up: each row of each stream, and what belongs to it."""
+        conditions = len(self.rows)
         for name, stream in streams.items():
-            if stream.shape[0] % len(self.rows):
-                raise Unfamiliar(f"a block has {stream.shape[0]} rows for {len(self.rows)} conditions")
-            for row, part in zip(self.rows, stream.chunk(len(self.rows)), strict=True):
+            if stream.shape[0] % conditions:
+                raise Unfamiliar(f"a block has {stream.shape[0]} rows for {conditions} conditions")
+            for row, part in zip(self.rows, stream.chunk(conditions) if conditions > 1 else (stream,), strict=True):
                 yield row._replace(stream=name, blocks=span.blocks), part
 
     def own(self, tensor):
