@@ -16,13 +16,13 @@ from .corrections import Correcting, Guess
 from .each_range import EachRange
 from .error_budget import NOT_LOOKED_BACK, ErrorBudget
 from .governor import Governor
-from .hindcast import Hindcast, dot_products
+from .hindcast import dot_products
 from .look_back import LookBack
 from .policies import Policy, View
 from .predictors import Gram, Predictor
 from .predictors.base import ahead, weighed
-from .predictors.hold import Hold
 from .signal import MODEL_INPUT, NOTHING, OUTPUT, Watch, signal_of
+from .streams import MAIN, Streams
 
 
 def whole(value: Tensor) -> Tensor:
@@ -39,8 +39,8 @@ class StepCache:
     def __init__(self, policy: Policy, candidates, governor: Governor, report: Report, correcting: Correcting | None = None,
                  look_back: LookBack | None = None, guidance: float = 1.0, store: Callable[[int], Store] = Store, each: EachRange | None = None):
         self.policy, self.governor, self.report = policy, governor, report
-        self.hindcast, self.correcting = Hindcast(candidates), correcting
-        depth = max(candidate.depth for candidate in self.hindcast.candidates)
+        self.streams, self.correcting = Streams(candidates), correcting
+        depth = max(candidate.depth for candidate in self.streams.candidates)
         self.store = store(depth)
         self.grams: dict[Row, tuple[list[int], Gram]] = {}     # dot products of a row's snapshots, and whose they are
         self.computed: deque[Step] = deque(maxlen=depth)
@@ -57,7 +57,7 @@ class StepCache:
         self.begun = 0.0
         self.shares: list[float] = []
         self.seen: set[Row] = set()
-        self.best, self.error, self.expected = None, None, None     # error of the best one in d, expected in the final latent
+        self.error, self.expected = None, None      # of the best predictors in d, and expected in the final latent
         self.why = ""
         self.decision: bool | None = None
 
@@ -70,7 +70,7 @@ class StepCache:
         if self.each is not None:
             self.each.begin(step)
         self.shares, self.seen, self.decision = [], set(), None
-        self.best, self.error = self.hindcast.choose(tuple(self.computed), step)
+        self.error = self.streams.choose(tuple(self.computed), step)
         self.expected = self.budget.share(step, self.error)
         self.why = self.broken or self.restart or self.governor.must_compute(step, tuple(self.computed), self.skipped_in_a_row)
         self.restart = ""
@@ -79,7 +79,7 @@ class StepCache:
 
     def decide(self) -> None:
         view = View(self.step, tuple(self.computed), self.expected, self.budget.owed, self.skipped_in_a_row, self.report.model, self.watch)
-        self.decision = not self.why and self.best is not None and (self.each or self.policy).skip(view)
+        self.decision = not self.why and bool(self.streams.best) and (self.each or self.policy).skip(view)
 
     def skips(self, signal: Tensor | None = None, row: Row | None = None, x: Tensor | None = None) -> bool:
         """Whether this evaluation is a skip.
@@ -106,9 +106,9 @@ class StepCache:
             self.skipped_in_a_row += 1
             self.budget.skip(step, self.error)
         else:
-            scale = self.attempt(lambda: self.hindcast.settle(self.best))
-            measured = self.budget.share(step, self.hindcast.last)
-            self.budget.settle(self.hindcast.missed)
+            scale = self.attempt(self.streams.settle)
+            measured = self.budget.share(step, self.streams.last)
+            self.budget.settle(self.streams.missed)
             self.budget.scale = self.budget.scale if scale is None else scale
             while self.computed and abs(self.computed[-1].place - step.place) < SAME_PLACE:
                 self.computed.pop()
@@ -149,17 +149,23 @@ class StepCache:
     def predict(self, row: Row, anchor: Tensor | None = None) -> Tensor:
         """What stands in for the row now, a new tensor, `anchor` added. The row must be ready."""
         past = self.store.get(row)
+        parts = self.parts(row, past[-1].value)
+        said = [self.predicted(part, cut, row, past, anchor) for part, cut in parts]
+        return said[0] if len(said) == 1 else torch.cat(said, -1)
+
+    def predicted(self, part: Row, cut: Callable[[Tensor], Tensor], row: Row, past: tuple[Snapshot, ...], anchor: Tensor | None) -> Tensor:
+        """What stands in for a part of the row."""
+        predictor = self.streams.able(part.stream, len(past))
         if self.correcting is not None:
-            guess = self.guess(self.able(len(past)), row, past)
-            weights, values = [1.0], [self.correcting.apply(guess).to(guess.value.dtype)]
+            guess = self.guess(predictor, row, past)
+            weights, values = [1.0], [cut(self.correcting.apply(guess).to(guess.value.dtype))]
         else:
-            used, weights = weighed(self.able(len(past)), past, self.step, self.gram(row, past))
-            values = [s.value for s in used]
+            used, weights = weighed(predictor, past, self.step, self.gram(row, past))
+            values = [cut(s.value) for s in used]
         if row.ordinal == 0:
             with self.lock:
-                for part, cut in self.parts(row, values[0]):
-                    self.hindcast.stood_in.setdefault(part, []).append((self.step, combine(weights, [sampled(cut(value)) for value in values])))
-        return combine(weights, values, anchor, out_dtype=None if anchor is None else anchor.dtype)
+                self.streams.of(part.stream).stood_in.setdefault(part, []).append((self.step, combine(weights, [sampled(value) for value in values])))
+        return combine(weights, values, anchor if anchor is None else cut(anchor), out_dtype=None if anchor is None else anchor.dtype)
 
     def guess(self, predictor: Predictor, row: Row, past: tuple[Snapshot, ...]) -> Guess:
         """What a predictor alone says for the row now."""
@@ -167,16 +173,9 @@ class StepCache:
         value = combine(weights, [s.value for s in used])
         return Guess(row, predictor, self.step, predictor.reach([s.step for s in used], self.step), value, past[-1].value)
 
-    def able(self, snapshots: int) -> Predictor:
-        """The best predictor; for a row with a shorter history than the others, the highest order that has enough."""
-        if self.best is not None and self.best.history <= snapshots:
-            return self.best
-        able = [candidate for candidate in self.hindcast.candidates if candidate.history <= snapshots]
-        return able[-1] if able else Hold()
-
     def gram(self, row: Row, past: tuple[Snapshot, ...]) -> Gram | None:
         """Dot products of a row's snapshots, read back once however many steps they serve; none where nobody asks."""
-        if not self.hindcast.needs_gram:
+        if not self.streams.needs_gram:
             return None
         known, evaluations = self.grams.get(row), [s.step.evaluation for s in past]
         if known is None or known[0] != evaluations:
@@ -192,15 +191,16 @@ class StepCache:
             past, guesses = self.store.get(row), []
             if past and past[-1].shape == value.shape and not self.decision:
                 if self.correcting is not None and ahead([past[-1].step], self.step) >= SAME_PLACE:
-                    guesses = [self.guess(candidate, row, past) for candidate in self.hindcast.candidates if candidate.history <= len(past)]
+                    guesses = [self.guess(candidate, row, past) for candidate in self.streams.candidates if candidate.history <= len(past)]
                 if row.ordinal == 0:
                     gram, said = self.gram(row, past), {guess.predictor: self.correcting.apply(guess) for guess in guesses}
                     for part, cut in self.parts(row, value):
                         # what has to be fetched comes one by one, and no more of it stays than a score looks at
                         look = cut if past[-1].came is None else lambda t, cut=cut: sampled(cut(t)).clone()
                         seen, actual = past if look is whole else [Snapshot(s.step, look(s.value)) for s in past], look(value)
-                        self.hindcast.measure(part, seen, self.step, actual)
-                        self.hindcast.score(seen, self.step, actual, gram, {predictor: look(guess) for predictor, guess in said.items()})
+                        hindcast = self.streams.of(part.stream)
+                        hindcast.measure(part, seen, self.step, actual)
+                        hindcast.score(seen, self.step, actual, gram, {predictor: look(guess) for predictor, guess in said.items()})
             if self.correcting is not None:
                 self.correcting.learn(row, self.step, value, guesses)
             depth = self.store.depth
@@ -225,7 +225,7 @@ class StepCache:
     def weigh(self, x: Tensor, denoised: Tensor) -> None:
         """Look at how large d is against the denoised latent, at a computed evaluation."""
         if not self.decision and self.step.sigma > 0 and x.shape == denoised.shape:
-            self.hindcast.weigh(x, denoised, self.step.sigma)
+            self.streams.of(MAIN).weigh(x, denoised, self.step.sigma)
 
     def ran(self, rows: int, share: float) -> None:
         """`rows` conditions were evaluated with this share of the blocks of a full evaluation."""
@@ -247,14 +247,14 @@ class StepCache:
             self.watch.forget()
             if self.each is not None:
                 self.each.forget()
-            self.hindcast.waiting.clear()
+            self.streams.drop()
             self.store.drop(lambda row, newest: row.device == device)
 
     def shorten(self) -> None:
         """The store's rings got shorter: predictors that need more snapshots leave."""
         if not self.store.depth:
             self.give_up(self.store.gave)
-        self.hindcast.candidates = tuple(c for c in self.hindcast.candidates if c.history <= self.store.depth) or (Hold(),)
+        self.streams.narrow(self.store.depth)
 
     def look_back_no_more(self) -> None:
         """From here on the end of the run sees more of an error, because computed steps do not make up for it."""
@@ -279,7 +279,7 @@ class StepCache:
         self.watch.forget()
         if self.each is not None:
             self.each.forget()
-        self.hindcast.forget()
+        self.streams.forget()
         if self.look_back is not None:
             self.look_back.forget()
         self.budget.settle(None)

@@ -122,7 +122,7 @@ def test_samplers_that_add_noise_or_are_unknown_get_one_skip_of_order_one_at_mos
     reports, orders = [], []
 
     def look(executor, args, kwargs):
-        orders.append({c.history - 1 for c in args[2]["transformer_options"][RUN].cache.hindcast.candidates})
+        orders.append({c.history - 1 for c in args[2]["transformer_options"][RUN].cache.streams.candidates})
 
     patched = spied(model("flux"), WrappersMP.PREDICT_NOISE, look)
     patched = attached(patched, policy=ALWAYS, predictor="automatic", level=level, reports=reports)

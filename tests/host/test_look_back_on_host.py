@@ -186,7 +186,7 @@ def test_after_an_interrupt_nothing_is_left(sampler, stop):
         sample(patched, "flux", sampler=sampler, callback=interrupt)
     cache = runs[0].cache
     assert not cache.look_back.nodes and not cache.look_back.skips and cache.look_back.echo is cache.look_back.first_echo is None
-    assert not cache.hindcast.stood_in and not cache.hindcast.waiting and cache.store.bytes == 0
+    assert not any(h.stood_in or h.waiting for h in cache.streams.each.values()) and cache.store.bytes == 0
     assert attach.RUN not in patched.model_options["transformer_options"]
     fresh, _ = run(model("flux"), "flux", sampler=sampler, cached=cached(True))
     assert torch.equal(sample(patched, "flux", sampler=sampler), fresh) and len(runs) == 2

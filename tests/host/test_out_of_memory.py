@@ -134,6 +134,6 @@ def test_the_hosts_own_lack_of_memory_passes_through_and_leaves_nothing_behind(n
     assert SPENT not in reports[-1].reason and "cut short" in reports[-1].reason
     assert [dict(vars(b)) for b in blocks(name)] == before
     cache = stores[-1]
-    assert cache.store.bytes == 0 and not cache.watch.computed and cache.watch.now is None and not cache.hindcast.waiting
+    assert cache.store.bytes == 0 and not cache.watch.computed and cache.watch.now is None and not any(h.waiting for h in cache.streams.each.values())
     assert torch.equal(sample(patched, name), wanted)
 

@@ -143,7 +143,7 @@ def test_a_closed_cache_holds_no_tensor_and_knows_its_peak():
     assert b.cache.report.cache_bytes == 4 * 4 * 4 + 3 * 3 * 4 and b.cache.store.bytes == 0
     watch = b.cache.watch
     assert watch.before is watch.now is watch.output is None and not watch.computed and not watch.moves and not watch.known
-    assert not b.cache.hindcast.waiting
+    assert not b.cache.streams.of("").waiting
 
 
 def run(**more) -> Run:

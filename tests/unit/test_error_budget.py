@@ -274,7 +274,7 @@ def test_at_no_decision_does_a_larger_tolerance_skip_less(one, other, n, error):
         cache.ran(1, 1.0)
         cache.weigh(torch.zeros(1, 4) + 2, torch.ones(1, 4))
         cache.finish()
-    cache.hindcast.rate = {Hold(): error / (n - 1)}
+    cache.streams.of("").rate = {Hold(): error / (n - 1)}
     decisions = []
     for tolerance in (0.0, low, high):
         cache.policy = ErrorControl(tolerance)

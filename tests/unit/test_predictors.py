@@ -160,7 +160,7 @@ def test_what_competes_by_default_is_hold_and_divided_differences_of_order_one_a
 def test_a_sampler_that_adds_noise_gets_no_more_than_a_line(predictor):
     settings_ = Settings(POLICIES["interval"](), predictor(), LEVELS["model output"]())
     run = lambda sampler: Run(settings_, next(iter(FAMILIES.values())), [1 - n / 24 for n in range(25)], True, sampler, 2.0, 0.0).cache
-    assert run("euler").hindcast.candidates == predictor().candidates() and run("euler_ancestral").store.depth <= 2
+    assert run("euler").streams.candidates == predictor().candidates() and run("euler_ancestral").store.depth <= 2
     assert run("euler").store.depth == max(candidate.depth for candidate in predictor().candidates())
 
 

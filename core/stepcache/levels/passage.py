@@ -82,21 +82,23 @@ class Passage:
             inside[span.first: span.end] = [span] * (span.end - span.first)
         proxies = [(block, self.proxy(place, stack, block, inside[place])) for place, (stack, block) in enumerate(self.blocks.every)]
         proxies += [(module, self.side_proxy(side, module)) for side, module in self.blocks.sides]
+        complete = False
         try:
             for module, proxy in proxies:
                 own = vars(module)      # and not by way of setattr, in which a module first looks through its parameters
                 self.before.append((own, own.get("forward", ABSENT)))
                 own["forward"] = proxy
-        except BaseException:   # Ctrl-C
-            self.__exit__()
-            raise
+            complete = True
+        finally:
+            if not complete:    # Ctrl-C
+                self.__exit__()
         return self
 
     def __exit__(self, *exception) -> None:
         """Take away exactly what was put there."""
         for own, forward in reversed(self.before):
             if forward is ABSENT:
-                del own["forward"]
+                own.pop("forward", None)    # Ctrl-C may have come before it was there
             else:
                 own["forward"] = forward    # a compiled block owns its forward
         self.before = []
