@@ -19,6 +19,7 @@ from pack.core.step import Clock
 from pack.core.stepcache import cache as step_cache
 from pack.core.stepcache.cache import StepCache
 from pack.core.stepcache.governor import Governor
+from pack.core.stepcache.hindcast import Hindcast
 from pack.core.stepcache.levels import LEVELS, Call
 from pack.core.stepcache.predictors import PREDICTORS
 from pack.core.store import Row
@@ -107,7 +108,7 @@ def test_threads_never_meet_inside_the_store_or_the_scores(monkeypatch):
         return guarded
 
     monkeypatch.setattr(step_cache.Store, "put", alone(step_cache.Store.put))
-    monkeypatch.setattr(step_cache.Hindcast, "score", alone(step_cache.Hindcast.score))
+    monkeypatch.setattr(Hindcast, "score", alone(Hindcast.score))
     with ThreadPoolExecutor(2) as pool:
         one_run(Asked(False, []), "model output", pool, 0)
 
