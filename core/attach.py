@@ -4,7 +4,6 @@ OUTER_SAMPLE opens and closes the run; PREPARE_SAMPLING has the host free memory
 evaluation; CALC_COND_BATCH tells the main pass from guidance that repeats it; APPLY_MODEL and DIFFUSION_MODEL are where
 rows and blocks are.
 """
-import copy
 import inspect
 import logging
 import math
@@ -20,6 +19,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_execution.utils import get_executing_context
 
+from .conditions import acting, conditions, hooks_of, move
 from .families import Family, Unfamiliar, family_of
 from .report import Report
 from .reserve import cache_bytes, enlarged
@@ -200,43 +200,6 @@ def predict_noise(executor, x, timestep, model_options=None, seed=None):
     run.cache.attempt(lambda: run.cache.weigh(x, denoised))
     run.finish()
     return denoised
-
-
-def acting(conds: dict, sigma: float, schedule: torch.Tensor | None = None) -> tuple:
-    """Which conditions and ControlNets act at this sigma, and how strongly each hook of a condition does.
-
-    The output jumps where that changes, so nothing is predicted across it.
-    """
-    flags: list = [move(copy.copy(hook.hook_keyframe), sigma, schedule).strength for hook in hooks_of(conds)]
-    for cond in conditions(conds):
-        flags.append(within(sigma, cond.get("timestep_start"), cond.get("timestep_end")))
-        control = cond.get("control")
-        while control is not None:
-            flags.append(within(sigma, *(getattr(control, "timestep_range", None) or (None, None))))
-            control = getattr(control, "previous_controlnet", None)
-    return tuple(flags)
-
-
-def conditions(conds: dict) -> list[dict]:
-    return [cond for entries in conds.values() for cond in entries]
-
-
-def hooks_of(conds: dict) -> list:
-    return [hook for cond in conditions(conds) for hook in getattr(cond.get("hooks"), "hooks", ())]
-
-
-def move(keyframes, sigma: float, schedule: torch.Tensor | None):
-    """A hook's keyframes, moved on to an evaluation at sigma as the host does it."""
-    now = torch.tensor(sigma)       # the host compares tensors, so in single precision
-    keyframes.prepare_current_keyframe(now, {"sample_sigmas": now if schedule is None else schedule})
-    return keyframes
-
-
-def within(sigma: float, start: float | None, end: float | None) -> bool:
-    if start is None and end is None:
-        return True
-    now = torch.tensor(sigma)
-    return (start is None or bool(now <= float(start))) and (end is None or bool(now >= float(end)))
 
 
 def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):

@@ -33,7 +33,8 @@ from harness import (
 )
 
 from pack.core import families
-from pack.core.attach import RUN, acting, move
+from pack.core.attach import RUN
+from pack.core.conditions import acting, move
 from pack.core.stepcache.cache import StepCache
 from pack.core.stepcache.levels import LEVELS
 from pack.core.stepcache.signal import MODEL_INPUT
