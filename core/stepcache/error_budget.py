@@ -6,18 +6,20 @@
     the whole run by          the root of the sum of squares over its groups
 
 r is what a group turned out to have moved x by, against what was expected, and follows every group of the run; while
-every step is computed it goes back to 1, as errors are then expected from where they were measured, one step ahead. K
-and q were measured on tiny_flux_trained128 (20 steps, one group of one or two skips at every place, looking back; the
-mean of the logarithm over 16 pictures): at CFG 1 two skips early in the schedule are handed on 1.2 times over and late
-ones 0.6 times, at CFG 3.5 it is 3.5 and 0.65 times, and about twice as much where computed steps do not look back. One
-skip alone is handed on more than two in a row early on, and as much late. A q above 0.5 at CFG 1 came less near.
+every step is computed it goes back to 1, as errors are then expected from where they were measured, one step ahead.
+
+Measured on tiny_flux_trained128, 20 steps, looking back, one group of one or two skips at every place, the mean of the
+logarithm over 16 pictures: at CFG 1 two skips early in the schedule are handed on 1.2 times over and late ones 0.6 times,
+at CFG 3.5 it is 3.5 and 0.65 times, one skip alone is handed on about twice as much early on, and all twice as much where
+computed steps do not look back. Of q from 0.5 to 4, schedules that were best by that q came nearest at 1 to 1.5, for both
+CFGs, on that model and on tiny_z_image_trained128. K is then such that pictures come out at 0.4 to 0.8 of a tolerance.
 """
 import math
 
 from ..step import Step
 
-HANDED_ON, FALLS = 1.25, 0.5            # K and q at CFG 1 with look back
-BY_GUIDANCE = (1.1, 0.6)                # what a CFG higher by 1 adds to them
+HANDED_ON, FALLS = 1.6, 1.0             # K and q at CFG 1 with look back
+BY_GUIDANCE = (0.4, 0.1)                # what a CFG higher by 1 adds to them
 MOST_GUIDANCE = 3.5                     # nothing was measured above
 NOT_LOOKED_BACK = 2.0                   # times K
 EXPECTED_TOO_LOW = 2.5      # r before anything was measured

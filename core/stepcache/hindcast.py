@@ -1,10 +1,20 @@
 """Hindcast: at every computed step, score each predictor on what it would have said.
 
-    e = mean|H' - H| / mean|H|          c <- (c + e / reach) / 2          expected(t) = c * reach(t)
+    e = mean|H' - H| / mean|H|              E <- (expected(t) + e) / 2, at every computed t
+
+    expected(t) = E  reach(t) / reach(E)               farther from what is known than where E was measured
+                  E (reach(t) / reach(E))^(p / k)      nearer,     p = 1 + trust (k - 1)
+
+reach is (t - t_0)^k for a predictor through k snapshots, which is how its error grows on a smooth path. Whether a path is
+smooth over such a distance shows in how the predictor did there, against the one that needs the fewest snapshots (hold):
+no worse, and it is trusted to get better as its order says; ROUGH times as bad, and its error is taken to shrink with the
+distance and no faster. Guidance makes rough paths. Without this, on tiny_flux_trained128 at CFG 3.5 with two of three
+steps skipped, the highest order would always seem the best one, and the picture came out 4 to 10 dB farther off.
 """
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +30,7 @@ from .predictors.divided_differences import lagrange
 # names under which other things than candidates are scored: a second evaluation at the same sigma, the group of skips that
 # a computed step ends, and the size of d against that of the denoised latent
 AGAIN, GROUP, SCALE = "again", "group", "scale"
+ROUGH = 1.4
 FEW = 1 << 14     # enough for the dot products of a few snapshots, which travel to the CPU
 NOTHING: Mapping[object, Tensor] = MappingProxyType({})
 
@@ -30,14 +41,30 @@ def dot_products(past: Sequence[Snapshot]) -> Gram:
     return (seen @ seen.T).tolist()
 
 
+class Known(NamedTuple):
+    """What a candidate's scores came to."""
+
+    error: float        # E
+    reach: float        # where it was measured last
+    trust: float        # 0 to 1
+
+    def at(self, candidate, reach: float) -> float:
+        """The error expected so far from what is known."""
+        farther = reach / max(self.reach, 1e-12)
+        if farther >= 1:
+            return self.error * farther
+        return self.error * farther ** ((1 + self.trust * (candidate.history - 1)) / candidate.history)
+
+
 class Hindcast:
     """The errors of the competing predictors over a run."""
 
     def __init__(self, candidates: Sequence):
         self.candidates = tuple(candidates)
-        self.rate: dict = {}         # candidate: c
+        self.known: dict[object, Known] = {}        # by candidate
         self.waiting: list[tuple[object, float, Tensor]] = []
         self.stood_in: dict[object, list[tuple[Step, Tensor]]] = {}     # row: a sample of what was handed out since the last computed step
+        self.again: float | None = None     # what is lost by taking the last result for a second one at the same sigma
         # found at the last computed step: the error of the best one, and the group of skips before it
         self.last: float | None = None
         self.missed: float | None = None
@@ -107,12 +134,17 @@ class Hindcast:
         for (candidate, reach, _), error in zip(self.waiting, errors, strict=True):
             error = error if error == error else float("inf")
             if candidate not in worst or error > worst[candidate][0]:
-                worst[candidate] = (error, error / max(reach, 1e-12))
+                worst[candidate] = (error, reach)
         scale, _ = worst.pop(SCALE, (None, None))
         self.missed, _ = worst.pop(GROUP, (None, None))
-        for candidate, (_, rate) in worst.items():
-            before = self.rate.get(candidate, math.inf)
-            self.rate[candidate] = (before + rate) / 2 if math.isfinite(before) else rate
+        if AGAIN in worst:
+            self.again = mean(self.again, worst[AGAIN][0])
+        scored = {candidate: worst[candidate] for candidate in self.candidates if candidate in worst}
+        plain = min(scored, key=lambda candidate: candidate.history, default=None)
+        for candidate, (error, reach) in scored.items():
+            before, trust = self.known.get(candidate), trusted(error, scored[plain][0])
+            self.known[candidate] = Known(error, reach, trust) if before is None else Known(
+                mean(before.at(candidate, reach), error), reach, mean(before.trust, trust))
         self.last = next((worst[candidate][0] for candidate in (AGAIN, best) if candidate in worst), None)
         self.waiting.clear()
         return scale if scale is not None and math.isfinite(scale) else None
@@ -125,13 +157,25 @@ class Hindcast:
     def choose(self, past: Sequence[Step], at: Step) -> tuple[object, float | None]:
         """The candidate with the least expected error at `at`, and that error; unknown while none was scored."""
         if past and abs(at.place - past[-1].place) < SAME_PLACE:
-            return self.candidates[0], self.rate.get(AGAIN)     # all of them say the last result here
+            return self.candidates[0], self.again     # all of them say the last result here
         scored = {
-            candidate: self.rate[candidate] * candidate.reach(past[-candidate.depth:], at)
-            for candidate in self.candidates if candidate in self.rate and len(past) >= candidate.history
+            candidate: self.known[candidate].at(candidate, candidate.reach(past[-candidate.depth:], at))
+            for candidate in self.candidates if candidate in self.known and len(past) >= candidate.history
         }
         if scored:
             best = min(scored, key=scored.get)
             return best, scored[best]
         able = [candidate for candidate in self.candidates if len(past) >= candidate.history]
         return (able[-1], None) if able else (None, None)
+
+
+def mean(before: float | None, now: float) -> float:
+    """Of what was known and what is new; what is not finite is forgotten."""
+    return now if before is None or not math.isfinite(before) else (before + now) / 2
+
+
+def trusted(error: float, plain: float) -> float:
+    """1 where a candidate is no worse than the plainest, 0 from ROUGH times its error on."""
+    if not error > plain:
+        return 1.0
+    return min(max((ROUGH - error / max(plain, 1e-12)) / (ROUGH - 1), 0.0), 1.0) if math.isfinite(error) else 0.0

@@ -13,6 +13,7 @@ from pack.core.step import Clock, Step
 from pack.core.stepcache.cache import StepCache
 from pack.core.stepcache.error_budget import BOUNDS, BY_GUIDANCE, EXPECTED_TOO_LOW, FALLS, HANDED_ON, MOST_GUIDANCE, NOT_LOOKED_BACK, ErrorBudget
 from pack.core.stepcache.governor import Governor
+from pack.core.stepcache.hindcast import Known
 from pack.core.stepcache.look_back import LookBack
 from pack.core.stepcache.policies.error_control import ErrorControl
 from pack.core.stepcache.predictors.hold import Hold
@@ -274,7 +275,7 @@ def test_at_no_decision_does_a_larger_tolerance_skip_less(one, other, n, error):
         cache.ran(1, 1.0)
         cache.weigh(torch.zeros(1, 4) + 2, torch.ones(1, 4))
         cache.finish()
-    cache.streams.of("").rate = {Hold(): error / (n - 1)}
+    cache.streams.of("").known = {Hold(): Known(error, n - 1.0, 1.0)}
     decisions = []
     for tolerance in (0.0, low, high):
         cache.policy = ErrorControl(tolerance)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pack.core.step import Clock
-from pack.core.stepcache.hindcast import FEW, Hindcast, dot_products, relative_error, sampled
+from pack.core.stepcache.hindcast import FEW, ROUGH, Hindcast, Known, dot_products, relative_error, sampled, trusted
 from pack.core.stepcache.predictors import PREDICTORS
 from pack.core.stepcache.predictors.divided_differences import DividedDifferences
 from pack.core.stepcache.predictors.dmd import DynamicModes
@@ -288,5 +288,45 @@ def test_scales_and_groups_are_no_candidates():
     hindcast.weigh(noisy(5), noisy(6), 0.5)
     hindcast.score(past, STEPS[3], noisy(3))
     hindcast.settle(HOLD)
-    assert set(hindcast.rate) == {HOLD} and hindcast.last == pytest.approx(relative_error(noisy(1), noisy(3)).item())
+    assert set(hindcast.known) == {HOLD} and hindcast.last == pytest.approx(relative_error(noisy(1), noisy(3)).item())
     assert hindcast.choose((STEPS[3],), STEPS[4])[0] == HOLD
+
+
+# nearer and farther than where an error was measured -------------------------------------------------------------------
+def zigzag(n: int) -> Snapshot:
+    """A rough path: around 10, up and down by turns and never by the same."""
+    return Snapshot(STEPS[n], torch.full((8,), 10.0 + (-1) ** n * (1 + n % 3)))
+
+
+@pytest.mark.parametrize(("path_of", "nearest"), [(zigzag, (HOLD,)), (lambda n: path(2)[n], (LINE, PARABOLA))], ids=["rough", "smooth"])
+def test_where_a_higher_order_did_worse_it_is_not_taken_nearer_by_either(path_of, nearest):
+    """Every third step was computed. One step ahead the order says that the parabola's error is 1/27 of what it was at three."""
+    hindcast, nodes = Hindcast((HOLD, LINE, PARABOLA)), range(0, 16, 3)
+    for n in nodes[1:]:
+        hindcast.score([path_of(k) for k in nodes if n - 9 <= k < n], STEPS[n], path_of(n).value)
+        hindcast.settle(HOLD)
+    chosen, _ = hindcast.choose([STEPS[n] for n in nodes[-3:]], STEPS[16])
+    assert chosen in nearest
+
+
+@pytest.mark.parametrize("candidate", [HOLD, LINE, PARABOLA])
+def test_an_error_grows_by_its_order_and_shrinks_by_it_as_far_as_it_is_trusted(candidate):
+    k = candidate.history
+    for trust in (0.0, 0.5, 1.0):
+        known = Known(0.3, 3.0 ** k, trust)
+        assert known.at(candidate, 6.0 ** k) == pytest.approx(0.3 * 2 ** k)
+        assert known.at(candidate, 1.5 ** k) == pytest.approx(0.3 * 0.5 ** (1 + trust * (k - 1)))
+
+
+def test_trust_goes_from_as_good_as_the_plainest_to_rough():
+    assert trusted(0.1, 0.2) == trusted(0.2, 0.2) == trusted(0.0, 0.0) == 1.0
+    assert trusted(0.2 * (1 + ROUGH) / 2, 0.2) == pytest.approx(0.5)
+    assert trusted(0.2 * ROUGH, 0.2) == pytest.approx(0, abs=1e-9) and trusted(9.0, 0.2) == trusted(math.inf, 0.2) == trusted(1.0, 0.0) == 0.0
+
+
+def test_what_went_out_of_bounds_once_is_forgotten_with_the_next_score():
+    hindcast = Hindcast((HOLD,))
+    for n, value in ((0, math.inf), (1, 1.5)):
+        hindcast.score([Snapshot(STEPS[n], torch.tensor([value]))], STEPS[n + 1], torch.ones(1))
+        hindcast.settle(HOLD)
+    assert hindcast.known[HOLD].error == pytest.approx(0.5)

@@ -9,6 +9,7 @@ from pack.core.run import Settings
 from pack.core.stepcache.corrections import CORRECTIONS
 from pack.core.stepcache.levels import LEVELS, Seam
 from pack.core.stepcache.policies import POLICIES
+from pack.core.stepcache.policies.schedule import Schedule
 from pack.core.stepcache.predictors import PREDICTORS
 from pack.core.stepcache.signal import signal_of
 
@@ -100,3 +101,17 @@ def test_settings_are_hashable_plain_and_refuse_a_policy_that_sees_nothing(polic
     else:
         hash(Settings(*parts))
         assert Settings(*parts).as_dict()["policy"]["name"] == policy and LEVELS[level]().resolve(parts[0]).seam
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "1,9999999", "x" * 3_000_000])
+def test_a_text_of_absurd_length_is_refused_in_one_sentence_of_ordinary_length(text):
+    assert not whole_numbers(text)
+    with pytest.raises(ValueError, match="expected whole numbers") as refused:
+        checked(Schedule("custom", text))
+    assert len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize("text", ["999999,1", "5000,5001"])
+def test_a_schedule_of_more_steps_than_any_run_has_is_refused_before_it_is_built(text):
+    with pytest.raises(ValueError, match="10000 steps in all at most"):
+        checked(Schedule("custom", text))

@@ -20,7 +20,7 @@ from ..signal import FIRST_BLOCK, signal_of
 from .base import Unfit
 from .of_blocks import OfBlocks
 
-RANGE = re.compile(r"\s*([0-9]+)\s*(?:(-)\s*([0-9]*)\s*)?")
+RANGE = re.compile(r"\s*([0-9]{1,6})\s*(?:(-)\s*([0-9]{0,6})\s*)?")
 
 
 @cache

@@ -19,6 +19,7 @@ PRESETS = {
     "ultra": "4,2,1,5,1,6,1,7,1",
 }
 CUSTOM = "custom"
+MOST_STEPS = 10_000
 
 
 def steps_of(text: str) -> tuple[bool, ...]:
@@ -30,7 +31,10 @@ def steps_of(text: str) -> tuple[bool, ...]:
 
 
 def no_mask(text: str) -> str:
-    return "" if len(whole_numbers(text)) > 1 else "expected whole numbers with commas between them: 1,1,0,1 with one per step, or runs such as 8,1,3,2 in turn"
+    numbers = whole_numbers(text)
+    if len(numbers) < 2:
+        return "expected whole numbers with commas between them: 1,1,0,1 with one per step, or runs such as 8,1,3,2 in turn"
+    return "" if sum(numbers) <= MOST_STEPS else f"expected {MOST_STEPS} steps in all at most, and these are {sum(numbers)}"
 
 
 @dataclass(frozen=True)
