@@ -1,6 +1,6 @@
 """Hindcast: at every computed step, score each predictor on what it would have said.
 
-    e = mean|H' - H| / mean|H|              E <- (expected(t) + e) / 2, at every computed t
+    e = mean|H' - H| / mean|H|              E <- max(e, (expected(t) + e) / 2), at every computed t: a rise is believed at once
 
     expected(t) = E  reach(t) / reach(E)               farther from what is known than where E was measured
                   E (reach(t) / reach(E))^(p / k)      nearer,     p = 1 + trust (k - 1)
@@ -144,7 +144,7 @@ class Hindcast:
         for candidate, (error, reach) in scored.items():
             before, trust = self.known.get(candidate), trusted(error, scored[plain][0])
             self.known[candidate] = Known(error, reach, trust) if before is None else Known(
-                mean(before.at(candidate, reach), error), reach, mean(before.trust, trust))
+                max(mean(before.at(candidate, reach), error), error), reach, mean(before.trust, trust))
         self.last = next((worst[candidate][0] for candidate in (AGAIN, best) if candidate in worst), None)
         self.waiting.clear()
         return scale if scale is not None and math.isfinite(scale) else None

@@ -330,3 +330,12 @@ def test_what_went_out_of_bounds_once_is_forgotten_with_the_next_score():
         hindcast.score([Snapshot(STEPS[n], torch.tensor([value]))], STEPS[n + 1], torch.ones(1))
         hindcast.settle(HOLD)
     assert hindcast.known[HOLD].error == pytest.approx(0.5)
+
+
+def test_an_error_that_rises_is_believed_at_once_and_one_that_falls_by_halves():
+    hindcast, known = Hindcast((HOLD,)), []
+    for n, value in enumerate((1.1, 1.4, 1.2)):
+        hindcast.score([Snapshot(STEPS[n], torch.tensor([value]))], STEPS[n + 1], torch.ones(1))
+        hindcast.settle(HOLD)
+        known.append(hindcast.known[HOLD].error)
+    assert known == pytest.approx([0.1, 0.4, 0.3])
