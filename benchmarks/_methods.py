@@ -84,10 +84,10 @@ SETTINGS = {
 }
 
 # The two thirds of a model's blocks that change their input least, by mean |out - in| / |in| over 28 steps of euler, cfg 1 and 3.5, on the
-# prompts of the set CHOOSE, in two ranges: FLUX 0.68 for block 0, 0.37 to 0.40 for 1 and 2, 0.16 to 0.23 for 3 to 8; Z-Image 0.61, 0.44, 0.57;
-# Wan, random weights, 0.35, 0.35, 0.31. With fewer blocks no setting of FLUX would lie in RANGE; none of Z-Image does, of whose five blocks
-# the refiner's two always run. Border and share: of 0.25, 0.5, 0.75 and 0.5, 0.75, those with the best curve of FLUX on the same set.
-RANGES = {"flux": "3-5, 6-8", "nextdit": "1, 2", "wan": "0, 2"}
+# prompts of the set CHOOSE, in two ranges where there are that many: FLUX 0.68 for block 0, 0.37 to 0.40 for 1 and 2, 0.16 to 0.23 for 3 to 8;
+# Z-Image 0.66 and 1.10; Wan, random weights, 0.35, 0.35, 0.31. With fewer blocks no setting of FLUX would lie in RANGE; none of Z-Image does,
+# of whose four blocks the refiners' two always run. Border and share: of 0.25, 0.5, 0.75 and 0.5, 0.75, those with the best curve of FLUX on the same set.
+RANGES = {"flux": "3-5, 6-8", "nextdit": "0", "wan": "0, 2"}
 AT_LEVELS = (
     *(("temporal delta", Series((*over("threshold", 0.1, max_skips=2), *over("threshold", 0.3, max_skips=4)),
                                 level=entry("block ranges", ranges=ranges), family=family)) for family, ranges in RANGES.items()),
