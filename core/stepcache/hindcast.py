@@ -69,10 +69,6 @@ class Hindcast:
         self.last: float | None = None
         self.missed: float | None = None
 
-    @property
-    def needs_gram(self) -> bool:
-        return any(candidate.needs_gram for candidate in self.candidates)
-
     def score(self, past: Sequence[Snapshot], step: Step, actual: Tensor, gram: Gram | None = None, said: Mapping[object, Tensor] = NOTHING) -> None:
         """Compare every candidate that has history enough with `actual`. Nothing is read back from the device yet.
 
@@ -84,16 +80,11 @@ class Hindcast:
         if abs(step.place - past[-1].step.place) < SAME_PLACE:
             self.waiting.append((AGAIN, 1.0, relative_error(sampled(past[-1].value), sampled(actual))))
             return
-        sums, reaches = {}, {}
-        for candidate in self.candidates:
-            if len(past) >= candidate.history:
-                used, weights = weighed(candidate, past, step, gram)
-                sums[candidate] = weights, [snapshot.value for snapshot in used]
-                reaches[candidate] = candidate.reach([snapshot.step for snapshot in used], step)
-        alone = [candidate for candidate in sums if candidate not in said]
-        errors = dict(zip(alone, combine_errors([sums[candidate] for candidate in alone], actual), strict=True))
-        errors |= {candidate: relative_error(sampled(said[candidate]), sampled(actual)) for candidate in sums if candidate in said}
-        self.waiting += [(candidate, reaches[candidate], errors[candidate]) for candidate in sums]
+        able = [(candidate, *weighed(candidate, past, step, gram)) for candidate in self.candidates if len(past) >= candidate.history]
+        errors = iter(combine_errors([(weights, [s.value for s in used]) for candidate, used, weights in able if candidate not in said], actual))
+        for candidate, used, _ in able:
+            error = relative_error(sampled(said[candidate]), sampled(actual)) if candidate in said else next(errors)
+            self.waiting.append((candidate, candidate.reach([s.step for s in used], step), error))
 
     def measure(self, row, past: Sequence[Snapshot], step: Step, actual: Tensor) -> None:
         """What the skips before this computed step got wrong: |sum of gap (H~ - H')| / |H|.

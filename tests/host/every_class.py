@@ -2,7 +2,7 @@
 from functools import cache
 
 import torch
-from harness import counted, family, model, network, relative, sample, sample_by, schedule
+from harness import Control, counted, family, model, network, relative, sample, sample_by, schedule
 
 from pack.core.families.base import module_at
 from testbed import tiny
@@ -59,3 +59,15 @@ def layout(name: str) -> torch.Size:
     finally:
         hook.remove()
     return seen[0]
+
+
+def controlled(name: str) -> tuple[dict, torch.Tensor]:
+    """Prompts with a ControlNet that adds to every block, and the host's latent of them."""
+    _, tokens, width = layout(name)
+    stacks = [stack for stack, _ in family(name).blocks(network(model(name)))]
+    singles = sum("single" in stack.attribute or "joint" in stack.attribute for stack in stacks)
+    control = {"control": Control(len(stacks) - singles, singles, tokens, width), "control_apply_to_uncond": False}
+    prompts = {"positive": tiny.conditioning(name, 11, **control), "negative": tiny.conditioning(name, 12, **control)}
+    wanted = sample(model(name), name, steps=STEPS, **prompts)
+    assert relative(wanted, host(name)) > 0.03, "the control does too little to be missed"
+    return prompts, wanted

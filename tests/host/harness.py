@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
+import comfy.context_windows
 import comfy.controlnet
 import comfy.sample
 import comfy.samplers
@@ -137,8 +138,21 @@ def decisions(report: Report) -> list[bool]:
     return [evaluation.computed for evaluation in report.each]
 
 
+def whys(report: Report) -> list[str]:
+    return [evaluation.why for evaluation in report.each]
+
+
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).abs().mean() / b.abs().mean()).item()
+
+
+def windowed(patcher, dim: int, schedule: str = "standard_static"):
+    """A clone of the model that works in context windows of 8 along a dimension. They stay, or move and close to a ring with "standard_uniform"."""
+    get, clone = comfy.context_windows, patcher.clone()
+    clone.model_options["context_handler"] = get.IndexListContextHandler(
+        get.get_matching_context_schedule(schedule), get.get_matching_fuse_method("pyramid"),
+        context_length=8, context_overlap=2, context_stride=1, closed_loop=schedule == "standard_uniform", dim=dim)
+    return clone
 
 
 def spied(patcher, kind: WrappersMP, before: Callable):
@@ -239,4 +253,5 @@ class Control(comfy.controlnet.ControlBase):
         return self
 
 
+EVERYTHING = At(tuple(range(100)))
 EVERY_SECOND = At(tuple(range(1, 2 * STEPS, 2)))

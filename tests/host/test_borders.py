@@ -1,6 +1,6 @@
 """Where a run may not skip, and what nothing is predicted across: the ends of a run, masks, shapes, hooks, tokens, another expert."""
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import comfy.context_windows
 import comfy.hooks
@@ -9,11 +9,11 @@ import comfy.utils
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from comfy_extras.nodes_flux import FluxKVCache
 from harness import (
     CONCRETE,
     EVERY_SECOND,
+    EVERYTHING,
     OF_BLOCKS,
     ONE_PHASE,
     QUICK,
@@ -30,23 +30,17 @@ from harness import (
     sample,
     sample_by,
     spied,
+    whys,
+    windowed,
 )
 
 from pack.core import families
 from pack.core.attach import RUN
 from pack.core.conditions import acting, move
-from pack.core.stepcache.cache import StepCache
-from pack.core.stepcache.levels import LEVELS
-from pack.core.stepcache.signal import MODEL_INPUT
 from testbed import tiny
 
-ALWAYS = At(tuple(range(100)))
 HERE = pytest.mark.parametrize("level", CONCRETE)
 EACH = pytest.mark.parametrize("name", QUICK[:2])      # pictures
-
-
-def whys(report) -> list[str]:
-    return [evaluation.why for evaluation in report.each]
 
 
 # the ends of a run -----------------------------------------------------------------------------------------------------
@@ -55,15 +49,15 @@ def whys(report) -> list[str]:
 @HERE
 @EACH
 def test_as_many_evaluations_as_set_are_computed_at_either_end(name, level, warm_up, last):
-    _, report = run(model(name), name, cached={"policy": ALWAYS, "level": level, "level_knobs": ONE_PHASE.get(level), "warm_up": warm_up, "last_steps": last,
-                                                       "max_consecutive_skips": 50})
+    _, report = run(model(name), name, cached={"policy": EVERYTHING, "level": level, "level_knobs": ONE_PHASE.get(level), "warm_up": warm_up,
+                                               "last_steps": last, "max_consecutive_skips": 50})
     assert decisions(report) == [n < warm_up or n >= STEPS - last for n in range(STEPS)]
     assert whys(report) == ["first step", *["warm-up"] * (warm_up - 1), *[""] * (STEPS - warm_up - last), *["last steps"] * (last - 1), "last step"]
 
 
 def test_a_warm_up_counts_evaluations_and_the_end_counts_steps():
     """Heun evaluates twice per step."""
-    _, report = run(model("flux"), "flux", sampler="heun", cached={"policy": ALWAYS, "warm_up": 3, "last_steps": 2, "max_consecutive_skips": 50})
+    _, report = run(model("flux"), "flux", sampler="heun", cached={"policy": EVERYTHING, "warm_up": 3, "last_steps": 2, "max_consecutive_skips": 50})
     assert decisions(report) == [n < 3 or n >= 2 * STEPS - 1 - 4 for n in range(2 * STEPS - 1)]
 
 
@@ -71,11 +65,11 @@ def test_a_warm_up_counts_evaluations_and_the_end_counts_steps():
 @HERE
 @EACH
 def test_short_runs_are_served_on_demand(name, level, steps):
-    latent, report = run(model(name), name, steps=steps, cached={"policy": ALWAYS, "level": level, "level_knobs": ONE_PHASE.get(level), "few_steps": True})
+    latent, report = run(model(name), name, steps=steps, cached={"policy": EVERYTHING, "level": level, "level_knobs": ONE_PHASE.get(level), "few_steps": True})
     assert report.state == "ran" and len(report.each) == steps
     assert decisions(report).count(False) == {1: 0, 2: 0, 4: 2, 8: 5}[steps]     # four in a row at most
     assert torch.equal(latent, sample(model(name), name, steps=steps)) == (steps < 3)
-    _, off = run(model(name), name, steps=steps, cached={"policy": ALWAYS, "level": level})
+    _, off = run(model(name), name, steps=steps, cached={"policy": EVERYTHING, "level": level})
     assert off.state == "off"
 
 
@@ -98,10 +92,10 @@ def test_two_experts_are_two_runs_that_know_nothing_of_each_other(name, level, m
         return upper, sample(after, name, steps=24, start_step=12, disable_noise=True, noise=torch.zeros_like(upper), latent=upper)
 
     def after_alone(latent):
-        return sample(attached(low, policy=ALWAYS, predictor="automatic", level=level), name, steps=24, start_step=12, disable_noise=True,
+        return sample(attached(low, policy=EVERYTHING, predictor="automatic", level=level), name, steps=24, start_step=12, disable_noise=True,
                       noise=torch.zeros_like(latent), latent=latent)
 
-    cached = {"policy": ALWAYS, "predictor": "automatic", "level": level, "reports": reports}
+    cached = {"policy": EVERYTHING, "predictor": "automatic", "level": level, "reports": reports}
     upper, latent = both(attached(high, **cached), attached(low, **cached))
     assert [decisions(report)[:3] for report in reports] == [[True, True, False]] * 2
     assert all(whys(report)[:2] == ["first step", "warm-up"] and decisions(report)[-1] for report in reports)
@@ -113,7 +107,7 @@ def test_a_family_that_wants_more_than_the_user_gets_it_and_less_does_not_take_a
     for asked, wanted in ((1, 2), (2, 2), (4, 4)):
         with monkeypatch.context() as patch:
             patient(patch, "flux")
-            _, report = run(model("flux"), "flux", cached={"policy": ALWAYS, "warm_up": asked})
+            _, report = run(model("flux"), "flux", cached={"policy": EVERYTHING, "warm_up": asked})
         assert decisions(report).index(False) == wanted
 
 
@@ -126,7 +120,7 @@ def test_samplers_that_add_noise_or_are_unknown_get_one_skip_of_order_one_at_mos
         orders.append({c.history - 1 for c in args[2]["transformer_options"][RUN].cache.streams.candidates})
 
     patched = spied(model("flux"), WrappersMP.PREDICT_NOISE, look)
-    patched = attached(patched, policy=ALWAYS, predictor="automatic", level=level, reports=reports)
+    patched = attached(patched, policy=EVERYTHING, predictor="automatic", level=level, reports=reports)
     if sampler == "one nobody knows":
         def euler(denoise, x, sigmas):
             for now, following in zip(sigmas, sigmas[1:], strict=False):
@@ -140,133 +134,6 @@ def test_samplers_that_add_noise_or_are_unknown_get_one_skip_of_order_one_at_mos
     assert torch.isfinite(latent).all() and max(map(max, orders)) == 1
     seen = decisions(report)
     assert not all(seen) and not any(a == b is False for a, b in zip(seen, seen[1:], strict=False)) and "one skip" in report.reason
-
-
-# masks -----------------------------------------------------------------------------------------------------------------
-def staircase(levels: int) -> torch.Tensor:
-    """A mask of so many heights, from 1 down to 1 / levels."""
-    return (1 - torch.arange(8).div(8 / levels).floor() / levels).repeat(1, 1, 8, 1)
-
-
-@HERE
-@EACH
-def test_where_the_denoise_mask_changes_nothing_is_predicted_across(name, level):
-    """Differential diffusion lets more and more of the picture go as sigma falls."""
-    masked = DifferentialDiffusion.execute(model(name)).result[0]
-    sampling = {"steps": 24, "noise_mask": staircase(4)}
-    masks: list = []
-    function = masked.model_options["denoise_mask_function"]
-
-    def told(*args, **kwargs):
-        masks.append(function(*args, **kwargs))
-        return masks[-1]
-
-    watched = masked.clone()
-    watched.set_model_denoise_mask_function(told)
-    latent, report = run(watched, name, cached={"policy": ALWAYS, "level": level}, **sampling)
-    changes = [n for n in range(1, 24) if not torch.equal(masks[n], masks[n - 1])]
-    assert len(masks) == 24 and len(changes) == 3
-    assert [n for n, why in enumerate(whys(report)) if why == "the denoise mask changes"] == changes
-    assert all(decisions(report)[n] for n in changes) and decisions(report).count(False) >= 8
-    assert "mask changed 3 times" in report.reason and torch.isfinite(latent).all()
-    host = sample(masked, name, **sampling)
-    assert 0 < relative(latent, host) < 0.3
-
-
-def test_a_mask_that_moves_by_one_pixel_is_another():
-    """Two masks with the same sum, and one that is written into."""
-    shared, n = torch.zeros(1, 16, 8, 8), [0]
-    shared[..., :4] = 1
-
-    def moving(sigma, denoise_mask, extra_options):
-        n[0] += 1
-        if n[0] in (4, 8):
-            shared.copy_(shared.roll(1, -1))
-        return shared
-
-    patched = model("flux").clone()
-    patched.set_model_denoise_mask_function(moving)
-    _, report = run(patched, "flux", cached={"policy": ALWAYS}, noise_mask=torch.ones(1, 1, 8, 8))
-    assert [n for n, why in enumerate(whys(report)) if "mask" in why] == [3, 7]
-
-
-def test_a_mask_function_is_called_as_often_as_without_and_is_back_in_its_place():
-    calls = []
-
-    def function(sigma, denoise_mask, extra_options):
-        calls.append(float(sigma[0]))
-        return denoise_mask
-
-    left: list = []
-
-    def outermost(executor, *args, **kwargs):
-        result = executor(*args, **kwargs)
-        left.append(executor.class_obj.model_options["denoise_mask_function"])
-        return result
-
-    patched = model("flux").clone()
-    patched.set_model_denoise_mask_function(function)
-    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "test.look", outermost)
-    sample(patched, "flux", noise_mask=staircase(2))
-    alone, calls[:] = list(calls), []
-    cached = attached(patched)
-    sample(cached, "flux", noise_mask=staircase(2))
-    assert calls == alone and left == [function, function]
-
-
-def test_a_mask_that_stays_costs_no_skip():
-    masked = DifferentialDiffusion.execute(model("flux")).result[0]
-    _, report = run(masked, "flux", cached={"policy": ALWAYS}, noise_mask=torch.ones(1, 1, 8, 8))
-    _, bare = run(model("flux"), "flux", cached={"policy": ALWAYS})
-    assert decisions(report) == decisions(bare) and report.reason == ""
-    assert report.cache_bytes - bare.cache_bytes == 4 * 16 * 8 * 8, "the mask outlives an evaluation, so it is counted"
-
-
-@pytest.mark.parametrize("policy", ["interval", "error control", "first block"])
-@HERE
-@EACH
-def test_inpainting_keeps_what_lies_outside_the_mask(name, level, policy):
-    """The host rewrites x on every step under a mask."""
-    if policy == "first block" and not LEVELS[level].gates:
-        pytest.skip("this policy needs blocks")
-    mask = torch.zeros(1, 1, 8, 8)
-    mask[..., 2:6] = 1
-    picture = tiny.noise(name, seed=21)
-    knobs = {"interval": {}, "error control": {"tolerance": 0.3}, "first block": {"threshold": 0.5}}[policy]
-    host = sample(model(name), name, noise_mask=mask, latent=picture)
-    latent, report = run(model(name), name, cached={"policy": policy, "policy_knobs": knobs, "level": level}, noise_mask=mask, latent=picture)
-    outside = (mask == 0).expand_as(latent)
-    assert torch.equal(latent[outside], host[outside]) and 0 < relative(latent, host) < 0.2
-    assert not all(decisions(report))
-
-
-@dataclass(frozen=True)
-class Foresees:
-    """A test policy: notes what its signal expects of the output, and computes."""
-
-    told: list
-    name = "foresees"
-    needs_forward = False
-    signal = MODEL_INPUT
-
-    def skip(self, view):
-        flow = view.signal.flow
-        self.told.append(flow and flow.rate and flow.rate * flow.travel / flow.output_norm)
-        return False
-
-
-@pytest.mark.parametrize("loud", [1.0, 30.0], ids=["a picture", "a loud picture"])
-@EACH
-def test_under_a_mask_a_gate_on_the_input_foresees_the_output_however_much_the_host_rewrites(name, loud, monkeypatch):
-    """The host puts the noised picture outside the mask into x on every step; only what the model makes of it counts."""
-    told, outputs, learn = [], [], StepCache.learn
-    monkeypatch.setattr(StepCache, "learn", lambda self, row, value: outputs.append(value.clone()) or learn(self, row, value))
-    mask = torch.zeros(1, 1, 8, 8)
-    mask[..., 2:6] = 1
-    run(model(name), name, cached={"policy": Foresees(told), "level": "guided output"}, noise_mask=mask, latent=loud * tiny.noise(name, seed=21))
-    actual = [relative(now, before) for before, now in zip(outputs, outputs[1:], strict=False)]
-    foreseen = told[1:]     # the first computed step has none before it
-    assert len(foreseen) == STEPS - 3 and all(0.5 < expected / happened < 1.8 for expected, happened in zip(foreseen, actual[1:], strict=False))
 
 
 # shapes and types ------------------------------------------------------------------------------------------------------
@@ -289,7 +156,7 @@ BIGGER = lambda x: torch.nn.functional.interpolate(x, scale_factor=1.5)
 @EACH
 def test_a_latent_of_another_shape_or_type_starts_afresh(name, level, change):
     reports: list = []
-    patched = attached(model(name), policy=ALWAYS, level=level, max_consecutive_skips=50, reports=reports)
+    patched = attached(model(name), policy=EVERYTHING, level=level, max_consecutive_skips=50, reports=reports)
     latent = sample_by(changing(change), patched, name)
     (report,) = reports
     assert torch.isfinite(latent).all() and len(report.each) == STEPS
@@ -377,7 +244,7 @@ def test_nothing_is_predicted_across_another_strength_of_a_hook(name, level, key
     positive = hooked(name, *KEYFRAMES[keyframes])
     host = sample(model(name), name, positive=positive)
     assert relative(host, plain(name)) > 0.005, "the LoRA does too little to be missed"
-    latent, report = run(model(name), name, cached={"policy": ALWAYS, "level": level, "max_consecutive_skips": 2}, positive=positive)
+    latent, report = run(model(name), name, cached={"policy": EVERYTHING, "level": level, "max_consecutive_skips": 2}, positive=positive)
     found = [n for n, why in enumerate(whys(report)) if why == "conditions start or end"]
     assert len(found) == borders and all(decisions(report)[n] for n in found) and not all(decisions(report))
     assert relative(latent, host) < 0.3
@@ -399,11 +266,7 @@ def test_prompts_with_a_lora_of_their_own_and_without_keep_apart(name, level):
 # tokens ----------------------------------------------------------------------------------------------------------------
 @HERE
 def test_windows_that_move_from_step_to_step_are_never_predicted_from_others(level):
-    get = comfy.context_windows
-    patcher = model("flux").clone()
-    patcher.model_options["context_handler"] = get.IndexListContextHandler(
-        get.get_matching_context_schedule("standard_uniform"), get.get_matching_fuse_method("pyramid"),
-        context_length=8, context_overlap=2, context_stride=1, closed_loop=True, dim=3)
+    patcher = windowed(model("flux"), 3, "standard_uniform")
     windows: list = []
     look = lambda executor, args, kwargs: windows.append(tuple(args[4]["transformer_options"]["context_window"].index_list))
     patched = spied(attached(patcher, policy=EVERY_SECOND, level=level, reports=(reports := [])), WrappersMP.CALC_COND_BATCH, look)
@@ -414,11 +277,7 @@ def test_windows_that_move_from_step_to_step_are_never_predicted_from_others(lev
 
 def test_a_window_that_was_not_there_when_last_computed_is_computed():
     """What is kept of one window says nothing of another that comes in its place."""
-    get = comfy.context_windows
-    patcher, each = model("flux").clone(), []
-    patcher.model_options["context_handler"] = get.IndexListContextHandler(
-        get.get_matching_context_schedule("standard_uniform"), get.get_matching_fuse_method("pyramid"),
-        context_length=8, context_overlap=2, context_stride=1, closed_loop=True, dim=3)
+    patcher, each = windowed(model("flux"), 3, "standard_uniform"), []
     patched = attached(patcher, policy=At(tuple(range(1, 24, 2))), level="model output", reports=(reports := []))
     patched = spied(patched, WrappersMP.PREDICT_NOISE, lambda executor, args, kwargs: each.append([]))
     patched = spied(patched, WrappersMP.CALC_COND_BATCH, lambda executor, args, kwargs: each[-1].append(
@@ -456,5 +315,5 @@ def test_a_prompt_of_another_length_later_on_is_another_row(name):
     late[0][1].update(start_percent=0.5)
     early = tiny.conditioning(name, 11)
     early[0][1].update(end_percent=0.5)
-    _, report = run(model(name), name, cached={"policy": ALWAYS, "level": "block range"}, positive=early + late)
+    _, report = run(model(name), name, cached={"policy": EVERYTHING, "level": "block range"}, positive=early + late)
     assert whys(report).count("conditions start or end") >= 1 and not all(decisions(report))

@@ -1,9 +1,8 @@
 """Conditions: batched or split, several of them, with areas, in windows, in batches. Each keeps to its own history."""
-import comfy.context_windows
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from harness import CONCRETE, EVERY_SECOND, QUICK, attached, decisions, model, plain, relative, replay_errors, run, sample, spied
+from harness import CONCRETE, EVERY_SECOND, QUICK, attached, decisions, model, plain, relative, replay_errors, run, sample, spied, windowed
 
 from pack.core.store import Row
 from testbed import tiny
@@ -103,15 +102,6 @@ def test_under_a_mask_a_skip_repeats_the_computed_result(name, level):
     assert max(errors) < 1e-6
 
 
-class Windows(comfy.context_windows.IndexListContextHandler):
-    """Windows over the width of a picture; a model of pictures knows no frames."""
-
-    def __init__(self, latent):
-        get = comfy.context_windows
-        super().__init__(get.get_matching_context_schedule("standard_static"), get.get_matching_fuse_method("pyramid"),
-                         context_length=8, context_overlap=2, context_stride=1, closed_loop=False, dim=len(latent) - 1)
-
-
 @pytest.mark.parametrize("level", CONCRETE)
 @pytest.mark.parametrize("name", QUICK)
 def test_context_windows_keep_apart(name, level):
@@ -120,9 +110,8 @@ def test_context_windows_keep_apart(name, level):
     def look(executor, args, kwargs):
         windows.add(tuple(args[4]["transformer_options"]["context_window"].index_list))
 
-    windowed = model(name).clone()
-    windowed.model_options["context_handler"] = Windows(tiny.KINDS[name].latent())
-    spy = spied(attached(windowed, policy=EVERY_SECOND, level=level, reports=(reports := [])), WrappersMP.CALC_COND_BATCH, look)
+    patcher = windowed(model(name), len(tiny.KINDS[name].latent()) - 1)     # over the width: a model of pictures knows no frames
+    spy = spied(attached(patcher, policy=EVERY_SECOND, level=level, reports=(reports := [])), WrappersMP.CALC_COND_BATCH, look)
     assert max(replay_errors(spy, name, size=(8, 20))) < 1e-6
     assert len(windows) >= 3 and decisions(reports[0]).count(False) == 11
 

@@ -3,11 +3,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from every_class import BETWEEN, CONTROLLED, EVERY, FIRSTS, REPLACEABLE, STEPS, between, host, layout, replayed
+from every_class import BETWEEN, CONTROLLED, EVERY, FIRSTS, REPLACEABLE, STEPS, between, controlled, host, replayed
 from harness import (
     EVERY_SECOND,
+    EVERYTHING,
     At,
-    Control,
     Gate,
     Never,
     NeverGated,
@@ -39,7 +39,6 @@ USED = {
     "flux": "img_attn.qkv", "flux2": "img_attn.qkv", "chroma": "img_attn.qkv", "hunyuan_video": "img_attn.qkv", "ltxv": "attn1",
     "cosmos_predict2": "self_attn", "z_image": "adaLN_modulation", "hidream_i1": "block.adaLN_modulation",
 }
-EVERYTHING = At(tuple(range(100)))
 
 
 def test_every_class_of_every_family_has_a_tiny_model():
@@ -111,13 +110,7 @@ def test_a_replaced_block_is_honoured(name):
 
 @pytest.mark.parametrize("name", CONTROLLED)
 def test_a_controlnet_is_honoured(name):
-    _, tokens, width = layout(name)
-    stacks = [stack for stack, _ in family(name).blocks(network(model(name)))]
-    singles = sum("single" in stack.attribute or "joint" in stack.attribute for stack in stacks)
-    control = {"control": Control(len(stacks) - singles, singles, tokens, width), "control_apply_to_uncond": False}
-    prompts = {"positive": tiny.conditioning(name, 11, **control), "negative": tiny.conditioning(name, 12, **control)}
-    wanted = sample(model(name), name, steps=STEPS, **prompts)
-    assert relative(wanted, host(name)) > 0.03, "the control does too little to be missed"
+    prompts, wanted = controlled(name)
     latent, _ = run(model(name), name, steps=STEPS, cached={"policy": Never(), **levelled(1, 1)}, **prompts)
     assert torch.equal(latent, wanted)
     for first, last in ((0, 0), (1, 1)):

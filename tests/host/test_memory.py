@@ -7,7 +7,25 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from harness import CONCRETE, OF_BLOCKS, ONE_PHASE, QUICK, STEPS, At, attached, decisions, model, network, plain, ranges_kept, relative, run, sample, spied
+from harness import (
+    CONCRETE,
+    OF_BLOCKS,
+    ONE_PHASE,
+    QUICK,
+    STEPS,
+    At,
+    attached,
+    decisions,
+    model,
+    network,
+    plain,
+    ranges_kept,
+    relative,
+    run,
+    sample,
+    spied,
+    windowed,
+)
 
 from pack.core import run as core_run
 from pack.core.attach import RUN
@@ -136,11 +154,7 @@ def test_a_budget_that_is_too_small_for_it_leaves_looking_back_out(name, monkeyp
 @HERE
 def test_windows_that_moved_on_give_their_memory_back(level):
     """Context windows that are elsewhere on every step would pile up otherwise."""
-    get = comfy.context_windows
-    patcher = model("flux").clone()
-    patcher.model_options["context_handler"] = get.IndexListContextHandler(
-        get.get_matching_context_schedule("standard_uniform"), get.get_matching_fuse_method("pyramid"),
-        context_length=8, context_overlap=2, context_stride=1, closed_loop=True, dim=3)
+    patcher = windowed(model("flux"), 3, "standard_uniform")
     counts: list = []
     spy = spied(attached(patcher, policy=At(()), level=level), WrappersMP.PREDICT_NOISE,
                 lambda executor, args, kwargs: counts.append(len(args[2]["transformer_options"][RUN].cache.store.rings)))
@@ -221,23 +235,18 @@ def test_a_run_that_is_off_asks_for_what_the_host_asks_for(monkeypatch):
 @pytest.mark.parametrize("dim", [2, 3])
 @pytest.mark.parametrize("first", ["windows", "cache"])
 def test_context_windows_do_not_cut_off_what_is_asked_for(dim, first, monkeypatch):
-    get = comfy.context_windows
-    patcher = model("flux").clone()
+    patcher = windowed(model("flux"), dim)
     monkeypatch.setattr(patcher.model, "memory_usage_factor", 1e-4)
-    handler = get.IndexListContextHandler(
-        get.get_matching_context_schedule("standard_static"), get.get_matching_fuse_method("pyramid"),
-        context_length=8, context_overlap=2, context_stride=1, closed_loop=False, dim=dim)
-    patcher.model_options["context_handler"] = handler
     size = (24, 8) if dim == 2 else (8, 24)
     both = patcher.clone()
-    get.create_prepare_sampling_wrapper(both)
+    comfy.context_windows.create_prepare_sampling_wrapper(both)
     (_, least), _ = asked(monkeypatch, both, "flux", size=size)
     reports: list = []
     if first == "windows":
         with_cache = attached(both, predictor="automatic", reports=reports)
     else:
         with_cache = attached(patcher, predictor="automatic", reports=reports)
-        get.create_prepare_sampling_wrapper(with_cache)
+        comfy.context_windows.create_prepare_sampling_wrapper(with_cache)
     (_, minimum), _ = asked(monkeypatch, with_cache, "flux", size=size)
     assert minimum - least >= reports[0].cache_bytes > 0
 

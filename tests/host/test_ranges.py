@@ -3,11 +3,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from every_class import BETWEEN, CONTROLLED, EVERY, FIRSTS, REPLACEABLE, STEPS, between, host, layout, replayed
+from every_class import BETWEEN, CONTROLLED, EVERY, FIRSTS, REPLACEABLE, STEPS, between, controlled, host, replayed
 from harness import (
     EVERY_SECOND,
-    At,
-    Control,
+    EVERYTHING,
     Never,
     always,
     attached,
@@ -16,7 +15,6 @@ from harness import (
     decisions,
     family,
     model,
-    network,
     relative,
     replay_errors,
     run,
@@ -34,7 +32,6 @@ LISTS = {       # of the number of blocks
     "front": lambda n: "0-1", "one": lambda n: "1", "apart": lambda n: f"0, {n - 1}", "across": lambda n: f"1-{n - 2}", "in turn": lambda n: "0-1, 2-",
     "all": lambda n: "0-",
 }
-EVERYTHING = At(tuple(range(100)))
 
 
 def listed(name: str, kind: str) -> dict:
@@ -204,13 +201,7 @@ def test_a_patch_around_the_end_of_a_range_is_told_and_everything_computed():
                          ids=["front", "rear", "all", "one", "first two"])
 @pytest.mark.parametrize("name", CONTROLLED)
 def test_a_controlnet_is_added_once(name, level):
-    _, tokens, width = layout(name)
-    stacks = [stack for stack, _ in family(name).blocks(network(model(name)))]
-    singles = sum("single" in stack.attribute or "joint" in stack.attribute for stack in stacks)
-    control = {"control": Control(len(stacks) - singles, singles, tokens, width), "control_apply_to_uncond": False}
-    prompts = {"positive": tiny.conditioning(name, 11, **control), "negative": tiny.conditioning(name, 12, **control)}
-    wanted = sample(model(name), name, steps=STEPS, **prompts)
-    assert relative(wanted, host(name)) > 0.03, "the control does too little to be missed"
+    prompts, wanted = controlled(name)
     latent, _ = run(model(name), name, steps=STEPS, cached={"policy": Never(), **level}, **prompts)
     assert torch.equal(latent, wanted)
     errors, _ = replayed(attached(model(name), policy=EVERY_SECOND, reports=(reports := []), **level), name, **prompts)

@@ -1,9 +1,24 @@
 """What a skip runs, what it costs, and where it may not be."""
 import pytest
 import torch
-from harness import CONCRETE, NAMES, ONE_PHASE, QUICK, STEPS, At, always, attached, blocks, counted, decisions, model, run, sample, sample_by, schedule
-
-EVERYTHING = At(tuple(range(100)))
+from harness import (
+    CONCRETE,
+    EVERYTHING,
+    NAMES,
+    ONE_PHASE,
+    QUICK,
+    STEPS,
+    always,
+    attached,
+    blocks,
+    counted,
+    decisions,
+    model,
+    run,
+    sample,
+    sample_by,
+    schedule,
+)
 
 
 @pytest.mark.parametrize("first", [1, 2, 3, 64])

@@ -12,6 +12,7 @@ from pack.core.stepcache.predictors.divided_differences import DividedDifference
 from pack.core.stepcache.predictors.dmd import DynamicModes
 from pack.core.stepcache.predictors.hold import Hold
 from pack.core.stepcache.predictors.taylor import Taylor
+from pack.core.stepcache.streams import Streams
 from pack.core.store import Snapshot
 from pack.kernels.drift import SAMPLE
 
@@ -53,7 +54,7 @@ def test_a_predictor_that_depends_on_the_snapshots_competes_with_their_dot_produ
     for n in range(4, 8):
         hindcast.score(known[n - 4: n], known[n].step, known[n].value, dot_products(known[n - 4: n]))
         hindcast.settle(modes)
-    assert hindcast.needs_gram and not Hindcast((HOLD, LINE)).needs_gram
+    assert Streams((HOLD, LINE, modes)).needs_gram and not Streams((HOLD, LINE)).needs_gram
     chosen, expected = hindcast.choose(tuple(STEPS[:8]), STEPS[8])
     assert chosen == modes and expected < 1e-3
 
