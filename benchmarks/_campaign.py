@@ -69,4 +69,4 @@ def model_sizes(rows: Rows) -> str:
 def stale_rows(rows: Rows) -> int:
     """Rows whose numbers today's code might not make."""
     keys = {subject.name: key for key, subject in SUBJECTS.items()}
-    return sum(row["made_by"] != _grid.made_by(keys[row["model"]], "core" in row["made_by"]) for row in rows)
+    return sum(row["made_by"] != _grid.made_by(keys[row["model"]], row["method"], "core" in row["made_by"]) for row in rows)

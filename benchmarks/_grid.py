@@ -72,17 +72,40 @@ def quick_cells(models: list[str]) -> list[Cell]:
     return [Cell(*cell, which, prompts=4) for cell in few if cell[0] in models for which in (CHOOSE, SCORE)]
 
 
+# what only these methods ask, the numbers of the others do not depend on: predictors that are set need no scores to choose by
+JUDGING = ("error_budget.py", "handed_on.py", "hindcast.py", "policies/error_control.py")
+CALIBRATING = ("calibrate.py", *(f"profiles/{path.name}" for path in (ROOT / "core" / "stepcache" / "profiles").glob("*.py")))
+ASKED_BY = {f"core/stepcache/{name}": (_methods.ERROR_CONTROL, "profile") for name in JUDGING}
+ASKED_BY |= {f"core/stepcache/{name}": ("profile",) for name in CALIBRATING}
+WORDS = 4       # a string of so many is a sentence
+
+
 @cache
-def engine() -> str:
-    """A hash of what the engine computes: the code of core/ and kernels/ without comments and docstrings."""
+def engine(method: str) -> str:
+    """A hash of what makes a method's numbers: the code of core/ and kernels/ without comments, docstrings and what is told to the user."""
     digest = hashlib.sha256()
     for file in sorted(path for part in ("core", "kernels") for path in (ROOT / part).rglob("*.py")):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False) is not None:
-                node.body = node.body[1:]
-        digest.update(f"{file.relative_to(ROOT).as_posix()}\n{ast.dump(tree)}\n".encode())
+        name = file.relative_to(ROOT).as_posix()
+        if method in ASKED_BY.get(name, (method,)):
+            digest.update(f"{name}\n{ast.dump(Unsaid().visit(ast.parse(file.read_text(encoding='utf-8'))))}\n".encode())
     return digest.hexdigest()[:12]
+
+
+class Unsaid(ast.NodeTransformer):
+    """Takes the sentences out of a program."""
+
+    def visit_Constant(self, node):
+        return ast.Constant("") if isinstance(node.value, str) and len(node.value.split()) >= WORDS else node
+
+    def visit_JoinedStr(self, node):
+        return ast.Constant("")
+
+    def documented(self, node):
+        if ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+        return self.generic_visit(node)
+
+    visit_Module = visit_ClassDef = visit_FunctionDef = documented
 
 
 @cache
@@ -95,9 +118,9 @@ def fingerprint(name: str) -> str:
     return SUBJECTS[name].fingerprint()
 
 
-def made_by(model: str, own: bool) -> str:
+def made_by(model: str, method: str, own: bool) -> str:
     """What a row's numbers depend on; the engine matters to methods of our own alone."""
-    return f"format {FORMAT}, model {fingerprint(model)}" + (f", core {engine()}" if own else "")
+    return f"format {FORMAT}, model {fingerprint(model)}" + (f", core {engine(method)}" if own else "")
 
 
 def heading(cell: Cell, method) -> dict:
@@ -105,7 +128,7 @@ def heading(cell: Cell, method) -> dict:
     return {
         "model": SUBJECTS[cell.model].name, "sampler": cell.sampler, "steps": cell.steps, "cfg": cell.cfg, "set": cell.set, "alone": cell.alone,
         "method": method.name, "settings": method.settings, "prompts": cell.prompts, "seeds": SEEDS,
-        "made_by": made_by(cell.model, method.own),
+        "made_by": made_by(cell.model, method.name, method.own),
     }
 
 

@@ -16,7 +16,9 @@ from .step import Clock, Step
 from .stepcache.cache import StepCache
 from .stepcache.corrections import Correction, NoCorrection
 from .stepcache.each_range import EachRange
+from .stepcache.error_budget import ErrorBudget
 from .stepcache.governor import DETERMINISTIC, Governor, most_skips
+from .stepcache.handed_on import hands_on_as
 from .stepcache.levels import GuidedOutput, Level, Seam
 from .stepcache.look_back import LookBack, most_bytes
 from .stepcache.policies import Policy
@@ -116,14 +118,15 @@ class Run:
             policy = policy.bound(read, facts, skips, self.may_skip(governor, min(c.history for c in candidates)), solver is not None)
             if policy.note:
                 self.report.add_reason(policy.note)
-        look_back, budget = solver and LookBack(solver, sigmas), settings.budget_mib * MIB
+        look_back, most = solver and LookBack(solver, sigmas), settings.budget_mib * MIB
         self.look_back_bytes = most_bytes(shape, skips) if look_back is not None else 0
-        if budget and 2 * self.look_back_bytes > budget:
+        if most and 2 * self.look_back_bytes > most:
             look_back, self.look_back_bytes = None, 0
             self.report.add_reason("the cache budget leaves no room to look back")
-        store = partial(Store, storage=settings.storage, budget=budget and budget - self.look_back_bytes,
+        store = partial(Store, storage=settings.storage, budget=most and most - self.look_back_bytes,
                         away=page_locked if settings.device == "cpu" else None)
-        self.cache = StepCache(policy, candidates, governor, self.report, settings.correction.start(), look_back, guidance, store,
+        budget = ErrorBudget(guidance, look_back is not None, hands_on_as(sampler), self.clock)
+        self.cache = StepCache(policy, candidates, governor, self.report, settings.correction.start(), look_back, budget, store,
                                EachRange(policy) if getattr(policy, "by_range", False) and getattr(self.level, "several", False) else None)
         if len(latents) > 1:
             self.cache.packed = tuple(math.prod(latent[1:]) for latent in latents)

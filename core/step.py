@@ -15,7 +15,7 @@ class Step:
     steps: int        # steps of the schedule
     sigma: float
     log_snr: float
-    gap: float        # how far a derivative of 1 moves x in this step; for a flow the sigma that it covers
+    gap: float        # how far a derivative of 1 moves x in this step, if it is that of this evaluation; for a flow the sigma that it covers
     noise: float      # the share of noise in x, 0 to 1
     rises: bool = False   # sigma is above that of the evaluation before: a restart
 
@@ -23,6 +23,11 @@ class Step:
     def index(self) -> int:
         """The step of the schedule that this evaluation belongs to."""
         return min(int(self.place + CLOSE), self.steps - 1)
+
+    @property
+    def often(self) -> float:
+        """Evaluations per step, as far as the run has come. Between them they move x."""
+        return max(1.0, self.evaluation / max(self.place, 1.0))
 
     @property
     def last(self) -> bool:

@@ -14,7 +14,7 @@ from ..step import Step
 from ..store import SAME_PLACE, Row, Snapshot, Store
 from .corrections import Correcting, Guess
 from .each_range import EachRange
-from .error_budget import NOT_LOOKED_BACK, ErrorBudget
+from .error_budget import ErrorBudget
 from .governor import Governor
 from .hindcast import dot_products
 from .look_back import LookBack
@@ -37,7 +37,7 @@ class StepCache:
     """
 
     def __init__(self, policy: Policy, candidates, governor: Governor, report: Report, correcting: Correcting | None = None,
-                 look_back: LookBack | None = None, guidance: float = 1.0, store: Callable[[int], Store] = Store, each: EachRange | None = None):
+                 look_back: LookBack | None = None, budget: ErrorBudget | None = None, store: Callable[[int], Store] = Store, each: EachRange | None = None):
         self.policy, self.governor, self.report = policy, governor, report
         self.streams, self.correcting = Streams(candidates), correcting
         depth = max(candidate.depth for candidate in self.streams.candidates)
@@ -47,7 +47,7 @@ class StepCache:
         self.packed: tuple[int, ...] = ()    # sizes of the latents that the host packs into one tensor, as video and sound; each is scored apart
         self.notes: dict = {}                # what a level remembers of the network over the run; no tensors
         self.lock = threading.Lock()         # the host may evaluate conditions in several threads, one per GPU
-        self.skipped_in_a_row, self.look_back, self.budget = 0, look_back, ErrorBudget(guidance, look_back is not None)
+        self.skipped_in_a_row, self.look_back, self.budget = 0, look_back, budget or ErrorBudget(looks_back=look_back is not None)
         self.broken = ""                     # why everything is computed from here on
         self.restart = ""                    # why the history begins anew at the next evaluation
         self.watch = Watch(signal_of(policy))
@@ -104,13 +104,13 @@ class StepCache:
         measured = None
         if skipped:
             self.skipped_in_a_row += 1
-            self.budget.skip(step, self.error)
+            self.budget.skip(step, self.error, measurable=not self.again(step))
         else:
             scale = self.attempt(self.streams.settle)
+            self.budget.scale = self.budget.scale if scale is None else scale
             measured = self.budget.share(step, self.streams.last)
             self.budget.settle(self.streams.missed)
-            self.budget.scale = self.budget.scale if scale is None else scale
-            while self.computed and abs(self.computed[-1].place - step.place) < SAME_PLACE:
+            while self.again(step):
                 self.computed.pop()
             self.computed.append(step)
             self.skipped_in_a_row = 0
@@ -126,6 +126,10 @@ class StepCache:
             # rows of context windows that moved on; what is below 0 belongs to no condition and is for the whole run
             for row in self.store.drop(lambda row, newest: row.ordinal >= 0 and newest.step.evaluation < self.computed[0].evaluation):
                 self.grams.pop(row, None)
+
+    def again(self, step: Step) -> bool:
+        """Whether the last computed step was at this sigma too."""
+        return bool(self.computed) and abs(self.computed[-1].place - step.place) < SAME_PLACE
 
     # rows, called by the levels and by what finds the rows for them ----------------------------------------------
     def enter(self, rows: tuple[Row, ...]) -> bool:
@@ -162,7 +166,7 @@ class StepCache:
         else:
             used, weights = weighed(predictor, past, self.step, self.gram(row, past))
             values = [cut(s.value) for s in used]
-        if row.ordinal == 0:
+        if row.ordinal == 0 and not self.again(self.step):      # of a second evaluation a later one cannot tell the error
             with self.lock:
                 self.streams.of(part.stream).stood_in.setdefault(part, []).append((self.step, combine(weights, [sampled(value) for value in values])))
         return combine(weights, values, anchor if anchor is None else cut(anchor), out_dtype=None if anchor is None else anchor.dtype)
@@ -171,7 +175,7 @@ class StepCache:
         """What a predictor alone says for the row now."""
         used, weights = weighed(predictor, past, self.step, self.gram(row, past))
         value = combine(weights, [s.value for s in used])
-        return Guess(row, predictor, self.step, predictor.reach([s.step for s in used], self.step), value, past[-1].value)
+        return Guess(row, predictor, self.step, ahead([past[-1].step], self.step), value, past[-1].value)
 
     def gram(self, row: Row, past: tuple[Snapshot, ...]) -> Gram | None:
         """Dot products of a row's snapshots, read back once however many steps they serve; none where nobody asks."""
@@ -259,7 +263,7 @@ class StepCache:
     def look_back_no_more(self) -> None:
         """From here on the end of the run sees more of an error, because computed steps do not make up for it."""
         if self.look_back is not None:
-            self.look_back, self.budget.handed_on = None, self.budget.handed_on * NOT_LOOKED_BACK
+            self.look_back, self.budget.looks_back = None, False
 
     # the run ---------------------------------------------------------------------------------------------------------
     def give_up(self, why: str) -> None:
@@ -282,7 +286,7 @@ class StepCache:
         self.streams.forget()
         if self.look_back is not None:
             self.look_back.forget()
-        self.budget.settle(None)
+        self.budget.drop()
         self.skipped_in_a_row = 0
 
     def close(self) -> None:

@@ -7,9 +7,9 @@ FEWEST_STEPS = 9
 MOST_SKIPS = 4, 1 / 6     # in a row: so many, or this share of the steps if that is more
 
 # The host's sampler functions, less their "sample_", that add no noise on the way and forgive an error. Any other
-# gets short skips and low orders, the multistep CFG++ samplers among them, which build every error up.
+# gets short skips and low orders, lms and the multistep CFG++ samplers among them, which build every error up.
 DETERMINISTIC = frozenset({
-    "euler", "heun", "heunpp2", "exp_heun_2_x0", "dpm_2", "lms", "dpmpp_2m", "ipndm", "ipndm_v", "deis", "res_multistep", "gradient_estimation",
+    "euler", "heun", "heunpp2", "exp_heun_2_x0", "dpm_2", "dpmpp_2m", "ipndm", "ipndm_v", "deis", "res_multistep", "gradient_estimation",
     "unipc", "unipc_bh2", "euler_cfg_pp", "ddim",
 })
 

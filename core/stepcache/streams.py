@@ -43,7 +43,7 @@ class Streams:
 
     def choose(self, past: Sequence[Step], at: Step) -> float | None:
         """Choose a predictor for each stream. The expected error of the worst; None where one of them is unknown."""
-        known = {stream: hindcast for stream, hindcast in self.each.items() if hindcast.known or hindcast.again is not None} or {MAIN: self.each[MAIN]}
+        known = {stream: hindcast for stream, hindcast in self.each.items() if hindcast.known} or {MAIN: self.each[MAIN]}
         chosen = {stream: hindcast.choose(past, at) for stream, hindcast in known.items()}
         by_error = sorted(chosen, key=lambda stream: -1 if chosen[stream][1] is None else chosen[stream][1], reverse=True)
         self.best = {stream: chosen[stream][0] for stream in by_error if chosen[stream][0] is not None}

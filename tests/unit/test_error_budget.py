@@ -11,8 +11,9 @@ from sampling_by_hand import Path, exploding, far, flow, polynomial, sampled
 from pack.core.report import Report
 from pack.core.step import Clock, Step
 from pack.core.stepcache.cache import StepCache
-from pack.core.stepcache.error_budget import BOUNDS, BY_GUIDANCE, EXPECTED_TOO_LOW, FALLS, HANDED_ON, MOST_GUIDANCE, NOT_LOOKED_BACK, ErrorBudget
+from pack.core.stepcache.error_budget import BOUNDS, BY_GUIDANCE, EXPECTED_TOO_LOW, FALLS, HANDED_ON, LEAST, MOST_GUIDANCE, NOT_LOOKED_BACK, ErrorBudget
 from pack.core.stepcache.governor import Governor
+from pack.core.stepcache.handed_on import against_euler, hands_on_as
 from pack.core.stepcache.hindcast import Known
 from pack.core.stepcache.look_back import LookBack
 from pack.core.stepcache.policies.error_control import ErrorControl
@@ -43,16 +44,75 @@ def budget(scale: float | None = 1.5, **more) -> ErrorBudget:
 def test_a_skip_comes_to_what_the_equation_says(error, scale, ratio, n, looks_back, guidance):
     made, step = budget(scale, guidance=guidance, looks_back=looks_back), STEPS[n]
     made.ratio = ratio
-    amplified = made.handed_on * step.noise ** made.falls
+    late = NOT_LOOKED_BACK if n >= 18 or not looks_back else 1.0
+    amplified = late * max(made.handed_on * step.noise ** made.falls, LEAST)
     assert made.share(step, error) == pytest.approx(amplified * ratio * (SIGMAS[n] - SIGMAS[n + 1]) * error * scale)
 
 
-@given(st.floats(1, MOST_GUIDANCE), st.floats(1, MOST_GUIDANCE))
-def test_more_guidance_and_not_looking_back_hand_more_of_an_error_on(one, other):
+@given(st.floats(1, MOST_GUIDANCE), st.floats(1, MOST_GUIDANCE), st.integers(0, 19))
+def test_more_guidance_and_not_looking_back_hand_more_of_an_error_on(one, other, n):
     low, high = sorted((one, other))
     assert ErrorBudget(high).handed_on >= ErrorBudget(low).handed_on and ErrorBudget(high).falls >= ErrorBudget(low).falls
-    assert ErrorBudget(low).handed_on == NOT_LOOKED_BACK * ErrorBudget(low, looks_back=True).handed_on
-    assert ErrorBudget(low).falls == ErrorBudget(low, looks_back=True).falls
+    without, looking_back = (ErrorBudget(low, looks_back=looks_back).gain(STEPS[n]) for looks_back in (False, True))
+    assert without == pytest.approx(looking_back * (1.0 if n >= 18 else NOT_LOOKED_BACK)), "after the last skip there is no time to make up for it"
+
+
+def test_with_little_noise_left_an_error_stays_in_the_picture():
+    steps = steps_of([14 * 0.6 ** n for n in range(25)] + [0.0], is_flow=False)
+    gains = [ErrorBudget(looks_back=True).gain(step) for step in steps[:-2]]
+    assert gains == sorted(gains, reverse=True) and gains[-1] == gains[-5] == LEAST < gains[0]
+
+
+def test_the_evaluations_of_a_step_share_what_the_step_moves():
+    """Heun's two are worth half a step each."""
+    made, once, twice = budget(), STEPS[8], replace(STEPS[8], evaluation=16)
+    assert once.often == 1 and twice.often == 2
+    assert made.share(twice, 0.1) == pytest.approx(made.share(once, 0.1) / 2)
+    for step, share in ((once, 1.0), (twice, 0.5)):
+        made = budget()
+        made.skip(step, 0.1)
+        made.settle(0.1 * step.gap)
+        assert made.total == pytest.approx(made.gain(step) * step.gap * 0.1 * 1.5 * share)
+
+
+# other samplers than Euler ---------------------------------------------------------------------------------------------
+def carried(solver, sigmas, n: int, falls: float) -> float:
+    """What one wrong D_n comes to at the end, by sampling with it: a model whose dD/dx hands errors on as Euler's steps would have it."""
+    noise = sigmas[:-1]
+    kappa = [0.0, *((((noise[k - 1] / noise[k]) ** falls - sigmas[k + 1] / sigmas[k]) / (1 - sigmas[k + 1] / sigmas[k])) for k in range(1, len(noise)))]
+    ends = []
+    for off in (0.0, 1.0):
+        *_, end = sampled(solver, sigmas, torch.zeros(1, dtype=torch.float64), lambda k, x, off=off: kappa[k] * x + off * (k == n))
+        ends.append(end.item())
+    return abs(ends[1] - ends[0])
+
+
+@pytest.mark.parametrize("falls", [1.0, 1.25])
+@pytest.mark.parametrize("sigmas", [SIGMAS, flow(50), [0.9 * (1 - n / 12) for n in range(13)]], ids=["20", "50", "even"])
+def test_a_sampler_of_several_steps_hands_an_error_on_as_sampling_with_it_shows(sigmas, falls):
+    factors = against_euler(SOLVERS["dpmpp_2m"], Clock(sigmas, True), falls)
+    shown = [carried(SOLVERS["dpmpp_2m"], sigmas, n, falls) / carried(SOLVERS["euler"], sigmas, n, falls) for n in range(1, len(sigmas) - 1)]
+    assert factors[1:] == pytest.approx([max(factor, 1.0) for factor in shown], rel=1e-3)
+    assert max(factors) > 1.5 and against_euler(SOLVERS["euler"], Clock(sigmas, True), falls) == pytest.approx([1.0] * len(factors))
+
+
+def test_the_last_skip_of_a_sampler_of_several_steps_is_dearest():
+    """Nothing takes back what it went too far."""
+    factors = against_euler(SOLVERS["dpmpp_2m"], Clock(SIGMAS, True), 1.0)
+    assert factors[-2] == max(factors) > 1.3 * factors[10]
+    plain, known = ErrorBudget(looks_back=True), ErrorBudget(looks_back=True, solver=SOLVERS["dpmpp_2m"], clock=Clock(SIGMAS, True))
+    assert [known.gain(step) / plain.gain(step) for step in STEPS] == pytest.approx(factors)
+
+
+@pytest.mark.parametrize("sigmas", [[1.0, 0.5, 0.5, 0.2, 0.0], [0.5, 1.0, 0.4, 0.0], [1.0, 0.0], [1.0, 0.5, math.nan, 0.0]])
+def test_a_schedule_that_no_solver_is_made_for_counts_as_eulers(sigmas):
+    for is_flow in (True, False):
+        assert against_euler(SOLVERS["dpmpp_2m"], Clock(sigmas, is_flow), 1.0) == (1.0,) * (len(sigmas) - 1)
+
+
+def test_a_sampler_that_nobody_knows_is_taken_for_the_one_that_hands_more_on():
+    assert hands_on_as("euler") is hands_on_as("heun") is SOLVERS["euler"]
+    assert hands_on_as("unipc") is hands_on_as("of tomorrow") is SOLVERS["dpmpp_2m"]
 
 
 def test_guidance_counts_from_one_to_the_most_that_was_measured():
@@ -64,10 +124,10 @@ def test_guidance_counts_from_one_to_the_most_that_was_measured():
 
 @given(st.integers(0, 18), st.floats(0.05, 1))
 def test_one_unit_is_the_relative_error_of_the_final_latent(n, error):
-    """With K = r = 1, q = 0 and a model that hands an error on as it is, the estimate is the error."""
+    """With K = 2, r = 1/2, q = 0 and a model that hands an error on as it is, the estimate is the error; K counts the missing look back twice."""
     path = Path(SOLVERS["euler"], SIGMAS, polynomial(2), kappa=1.0)
     made, clean = budget(), path.x[n] - SIGMAS[n] * path.d[n]
-    made.handed_on, made.falls, made.ratio = 1.0, 0.0, 1.0
+    made.handed_on, made.falls, made.ratio = 1.0, 0.0, 1 / NOT_LOOKED_BACK
     made.scale = (path.d[n].norm() / clean.norm()).item()
     made.skip(STEPS[n], error)
     wrong = list(sampled(path.solver, SIGMAS, path.start, lambda k, x: path.denoised(k, x) - SIGMAS[n] * error * path.d[n] * (k == n)))
@@ -171,6 +231,32 @@ def test_an_error_that_was_neither_expected_nor_measured_cannot_be_told(error):
     assert made.total is None and skipped(made, {8: 0.1}, 0.1 * STEPS[8].gap) and made.total is None, "nor can the sum"
 
 
+def test_a_skip_that_nothing_can_measure_counts_as_it_was_expected_beside_what_was_measured():
+    """Heun's second evaluation at a sigma: a later step that closes a bracket says nothing of it."""
+    made, other = budget(), budget()
+    made.skip(STEPS[5], 0.1)
+    made.skip(STEPS[6], 0.2, measurable=False)
+    other.skip(STEPS[5], 0.1)
+    assert made.owed == pytest.approx(made.share(STEPS[5], 0.1) + made.share(STEPS[6], 0.2))
+    beside = made.share(STEPS[6], 0.2)
+    for one in (made, other):
+        one.settle(STEPS[5].gap * 0.1)
+    assert made.total == pytest.approx(other.total + beside) and made.ratio == other.ratio
+    alone = budget()
+    alone.skip(STEPS[6], 0.2, measurable=False)
+    alone.settle(0.0)
+    assert alone.total == pytest.approx(beside) and alone.ratio == EXPECTED_TOO_LOW
+
+
+def test_where_the_history_is_dropped_the_group_counts_as_expected_and_nothing_is_learnt():
+    made = budget()
+    made.drop()
+    assert made.ratio == EXPECTED_TOO_LOW and made.total == 0.0, "no step was computed"
+    made.skip(STEPS[5], 0.1)
+    made.drop()
+    assert made.total == pytest.approx(made.share(STEPS[5], 0.1)) and made.ratio == EXPECTED_TOO_LOW and made.owed == 0
+
+
 def test_where_the_scale_is_unknown_no_error_can_be_told():
     made = budget(scale=None)
     assert made.share(STEPS[5], 0.1) is None and budget().share(STEPS[5], None) is None
@@ -255,13 +341,13 @@ def test_an_output_that_is_not_a_number_leaves_an_error_that_cannot_be_told(wron
 
 def test_from_where_it_no_longer_looks_back_more_of_an_error_is_expected_to_stay():
     cache = Bench(Every(), VALUES, LookBack(SOLVERS["euler"], SIGMAS)).cache
-    before = cache.budget.handed_on
+    before = cache.budget.gain(STEPS[8])
     for _ in range(2):
         cache.look_back_no_more()
-        assert cache.budget.handed_on == before * NOT_LOOKED_BACK and cache.look_back is None
+        assert cache.budget.gain(STEPS[8]) == before * NOT_LOOKED_BACK and cache.look_back is None
     without = Bench(Every(), VALUES).cache
     without.look_back_no_more()
-    assert without.budget.handed_on == before * NOT_LOOKED_BACK
+    assert without.budget.gain(STEPS[8]) == before * NOT_LOOKED_BACK
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.integers(2, 18), st.floats(0, 0.2))

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from pack.core.step import Clock
-from pack.core.stepcache.hindcast import FEW, ROUGH, Hindcast, Known, dot_products, relative_error, sampled, trusted
+from pack.core.stepcache.hindcast import FEW, LEAST_AGAIN, ROUGH, Hindcast, Known, dot_products, relative_error, sampled, trusted
 from pack.core.stepcache.predictors import PREDICTORS
+from pack.core.stepcache.predictors.base import distance
 from pack.core.stepcache.predictors.divided_differences import DividedDifferences
 from pack.core.stepcache.predictors.dmd import DynamicModes
 from pack.core.stepcache.predictors.hold import Hold
@@ -75,8 +76,8 @@ def test_how_far_a_candidate_reaches_counts_with_all_the_snapshots_that_it_uses(
     hindcast, known = Hindcast((Taylor(3),)), path(3)
     hindcast.score(known[:4], known[4].step, known[4].value + 1)
     hindcast.settle(None)
-    one, two = (hindcast.choose(tuple(STEPS[:4]), STEPS[3 + ahead])[1] for ahead in (1, 2))
-    assert two == pytest.approx(16 * one), "order 3 has an error of order 4"
+    one, two = (hindcast.choose(tuple(STEPS[:4]), STEPS[at])[1] * STEPS[at].sigma for at in (4, 5))
+    assert two == pytest.approx((distance(STEPS[3:4], STEPS[5]) / distance(STEPS[3:4], STEPS[4])) ** 4 * one), "order 3 has an error of order 4"
 
 
 def test_a_candidate_is_scored_on_what_a_skip_would_have_put_there_if_that_is_told():
@@ -108,8 +109,31 @@ def test_the_expected_error_grows_as_the_reach_of_the_candidate():
     hindcast.score([Snapshot(STEPS[n], torch.tensor([v])) for n, v in ((0, 1.0), (1, 2.0))], STEPS[2], torch.tensor([4.0]))
     hindcast.settle(LINE)
     assert hindcast.last == pytest.approx(0.25)
-    expected = [hindcast.choose((STEPS[1], STEPS[2]), STEPS[2 + ahead])[1] for ahead in (1, 2, 3)]
-    assert expected == pytest.approx([0.25, 1.0, 2.25])
+    measured = distance([STEPS[1]], STEPS[2])
+    for at in STEPS[3:6]:
+        of_the_latent = 0.25 * STEPS[2].sigma * (distance([STEPS[2]], at) / measured) ** 2
+        assert hindcast.choose((STEPS[1], STEPS[2]), at)[1] == pytest.approx(of_the_latent / at.sigma)
+
+
+@pytest.mark.parametrize("flow", [True, False])
+def test_of_a_model_that_always_changes_its_mind_by_as_much_the_error_is_expected_as_it_comes(flow):
+    """D moves with the square of the share of noise, and an error of D is one of D / sigma in d = (x - D) / sigma."""
+    sigmas = [1 - n / 20 for n in range(20)] if flow else [700 * 0.5 ** n for n in range(20)]
+    clock, hindcast, held = Clock([*sigmas, 0.0], flow), Hindcast((HOLD,)), torch.full((3,), 100.0)
+    steps, way = [clock.tick(sigma) for sigma in sigmas], torch.tensor([1.0, -2.0, 0.5])
+
+    def right(n: int, m: int) -> torch.Tensor:
+        """What is computed at n, on the path that what was computed at m leads along."""
+        return held + way * (steps[m].noise ** 2 - steps[n].noise ** 2) / steps[n].sigma
+
+    for n in (1, 2, 3):
+        hindcast.score([Snapshot(steps[n - 1], held)], steps[n], right(n, n - 1))
+        hindcast.settle(HOLD)
+    truly = {n: relative_error(held, right(n, 3)).item() for n in range(4, 20)}
+    for n, error in truly.items():
+        if error < 0.3:
+            assert hindcast.choose((steps[3],), steps[n])[1] == pytest.approx(error, rel=0.1)
+    assert sorted(truly.values())[9] < 0.3 and max(truly.values()) > 20 * truly[4], "else this proves little"
 
 
 def test_rates_are_halved_into_the_new_one():
@@ -117,7 +141,9 @@ def test_rates_are_halved_into_the_new_one():
     for n, (before, now) in enumerate(((1.0, 2.0), (2.0, 2.0)), 1):
         hindcast.score([Snapshot(STEPS[n - 1], torch.tensor([before]))], STEPS[n], torch.tensor([now]))
         hindcast.settle(HOLD)
-    assert hindcast.choose((STEPS[2],), STEPS[3]) == (HOLD, pytest.approx(0.25))
+    expected = 0.25 * distance([STEPS[2]], STEPS[3]) / distance([STEPS[1]], STEPS[2]) * STEPS[2].sigma / STEPS[3].sigma
+    before = distance([STEPS[1]], STEPS[2]) / distance([STEPS[0]], STEPS[1]) * STEPS[1].sigma / STEPS[2].sigma
+    assert hindcast.choose((STEPS[2],), STEPS[3]) == (HOLD, pytest.approx(expected * before))
 
 
 def test_of_several_rows_the_worst_counts():
@@ -128,14 +154,52 @@ def test_of_several_rows_the_worst_counts():
     assert hindcast.last == pytest.approx(0.5)
 
 
-def test_a_second_evaluation_at_the_same_place_is_scored_by_itself():
+def again(kappa: float, off: float, at=STEPS[1], before=STEPS[0]) -> Hindcast:
+    """Heun's two evaluations at a sigma: hold is `off` at the first one, and so much more or less of that at the second."""
+    hindcast, one = Hindcast((HOLD,)), torch.ones(3)
+    hindcast.score([Snapshot(before, one)], at, one / (1 + off))
+    hindcast.settle(HOLD)
+    error = kappa * (before.sigma - at.sigma) / (2 * at.sigma) * off
+    hindcast.score([Snapshot(at, one * (1 + error))], at, one)
+    hindcast.settle(HOLD)
+    assert hindcast.last == pytest.approx(error, rel=1e-4)
+    return hindcast
+
+
+@pytest.mark.parametrize("kappa", [0.3, LEAST_AGAIN, 9.0])
+def test_a_second_evaluation_at_the_same_place_is_expected_by_how_far_the_first_one_took_it(kappa):
+    """It is at another x by half of what the derivative changed by, and what its D makes of that is kappa."""
+    hindcast, one = again(kappa, 0.25), torch.ones(3)
+    for off, (before, at) in ((0.1, (STEPS[4], STEPS[5])), (0.4, (STEPS[15], STEPS[16]))):
+        hindcast.score([Snapshot(before, one)], at, one / (1 + off))
+        hindcast.settle(HOLD)
+        expected = max(kappa, LEAST_AGAIN) * (before.sigma - at.sigma) / (2 * at.sigma) * off
+        assert hindcast.choose((at,), at) == (HOLD, pytest.approx(expected, rel=1e-4))
+
+
+def test_a_second_evaluation_of_which_nothing_is_known_is_not_skipped_and_teaches_nothing_of_distance():
     hindcast = Hindcast((HOLD,))
-    assert hindcast.choose((STEPS[1],), STEPS[1]) == (HOLD, None), "unknown, so nothing is skipped there"
+    assert hindcast.choose((STEPS[1],), STEPS[1]) == (HOLD, None)
     hindcast.score([Snapshot(STEPS[1], torch.full((3,), 1.25))], STEPS[1], torch.ones(3))
     hindcast.settle(HOLD)
     assert hindcast.last == pytest.approx(0.25)
-    assert hindcast.choose((STEPS[1],), STEPS[1]) == (HOLD, pytest.approx(0.25))
-    assert hindcast.choose((STEPS[1],), STEPS[2]) == (HOLD, None), "it tells nothing about how errors grow with distance"
+    assert hindcast.choose((STEPS[1],), STEPS[1]) == hindcast.choose((STEPS[1],), STEPS[2]) == (HOLD, None)
+    hindcast = again(3.0, 0.25)
+    known = hindcast.known[HOLD]
+    hindcast.score([Snapshot(STEPS[1], torch.full((3,), 9.0))], STEPS[1], torch.ones(3))
+    hindcast.settle(HOLD)
+    assert hindcast.known[HOLD] == known
+    hindcast.forget()
+    assert hindcast.choose((STEPS[1],), STEPS[1]) == (HOLD, None), "the first evaluation there is gone"
+
+
+@pytest.mark.parametrize("candidates", [(LINE,), (LINE, PARABOLA)])
+def test_without_hold_among_the_candidates_no_second_evaluation_is_skipped(candidates):
+    hindcast = Hindcast(candidates)
+    for n in range(3, 8):
+        hindcast.score(path(2)[n - 3: n], STEPS[n], path(2)[n].value)
+        hindcast.settle(LINE)
+    assert hindcast.choose(tuple(STEPS[:8]), STEPS[7])[1] is None
 
 
 def test_an_error_without_end_is_forgotten_at_the_next_one_that_has():
@@ -143,7 +207,7 @@ def test_an_error_without_end_is_forgotten_at_the_next_one_that_has():
     for n, value in enumerate((math.inf, 1.5)):
         hindcast.score([Snapshot(STEPS[n], torch.tensor([value]))], STEPS[n + 1], torch.ones(1))
         hindcast.settle(HOLD)
-    assert hindcast.choose((STEPS[2],), STEPS[3])[1] == pytest.approx(0.5)
+    assert hindcast.known[HOLD].error == pytest.approx(0.5 * STEPS[2].sigma)
 
 
 def test_a_prediction_that_is_not_a_number_is_infinitely_wrong():
@@ -315,8 +379,9 @@ def test_an_error_grows_by_its_order_and_shrinks_by_it_as_far_as_it_is_trusted(c
     k = candidate.history
     for trust in (0.0, 0.5, 1.0):
         known = Known(0.3, 3.0 ** k, trust)
-        assert known.at(candidate, 6.0 ** k) == pytest.approx(0.3 * 2 ** k)
-        assert known.at(candidate, 1.5 ** k) == pytest.approx(0.3 * 0.5 ** (1 + trust * (k - 1)))
+        for sigma in (1.0, 0.2, 30.0):
+            assert known.at(candidate, 6.0 ** k, sigma) == pytest.approx(0.3 / sigma * 2 ** k)
+            assert known.at(candidate, 1.5 ** k, sigma) == pytest.approx(0.3 / sigma * 0.5 ** (1 + trust * (k - 1)))
 
 
 def test_trust_goes_from_as_good_as_the_plainest_to_rough():
@@ -325,18 +390,13 @@ def test_trust_goes_from_as_good_as_the_plainest_to_rough():
     assert trusted(0.2 * ROUGH, 0.2) == pytest.approx(0, abs=1e-9) and trusted(9.0, 0.2) == trusted(math.inf, 0.2) == trusted(1.0, 0.0) == 0.0
 
 
-def test_what_went_out_of_bounds_once_is_forgotten_with_the_next_score():
-    hindcast = Hindcast((HOLD,))
-    for n, value in ((0, math.inf), (1, 1.5)):
-        hindcast.score([Snapshot(STEPS[n], torch.tensor([value]))], STEPS[n + 1], torch.ones(1))
-        hindcast.settle(HOLD)
-    assert hindcast.known[HOLD].error == pytest.approx(0.5)
-
-
 def test_an_error_that_rises_is_believed_at_once_and_one_that_falls_by_halves():
     hindcast, known = Hindcast((HOLD,)), []
     for n, value in enumerate((1.1, 1.4, 1.2)):
+        expected = known[-1] * distance(STEPS[n:n + 1], STEPS[n + 1]) / distance(STEPS[n - 1:n], STEPS[n]) if known else 0.0
         hindcast.score([Snapshot(STEPS[n], torch.tensor([value]))], STEPS[n + 1], torch.ones(1))
         hindcast.settle(HOLD)
         known.append(hindcast.known[HOLD].error)
-    assert known == pytest.approx([0.1, 0.4, 0.3])
+        now = (value - 1) * STEPS[n + 1].sigma
+        assert known[-1] == pytest.approx(max(now, (expected + now) / 2 if n else now))
+    assert known[1] > 3 * known[0] and 0.2 * STEPS[3].sigma < known[2] < known[1]

@@ -13,7 +13,7 @@ from .base import Guess
 
 
 class Affine(NamedTuple):
-    """`gain` and `offset` broadcast over a prediction; they were measured at `reach`, by the predictor's own measure."""
+    """`gain` and `offset` broadcast over a prediction; they were measured so many steps from what was known."""
 
     gain: Tensor
     offset: Tensor

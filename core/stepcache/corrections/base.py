@@ -16,7 +16,7 @@ class Guess(NamedTuple):
     row: Row
     predictor: Predictor
     step: Step
-    reach: float        # how far the step lies from what is known, by the predictor's own measure
+    reach: float        # steps from what is known
     value: Tensor       # [B, C, ...] for latents, [B, N, C] for tokens
     last: Tensor        # the newest snapshot, of the same shape
 

@@ -5,10 +5,10 @@
     in the final latent:                 E = sum over the group of skips           error_budget.py
     skip  <=>  E^2  <=  tolerance^2 (h + 1) / N
 
-h skips in this group, N steps: a group may use up as much of the tolerance as its share of the run, and as the groups'
-errors have nothing to do with each other, their squares add up to the tolerance. It has one unit for every model, the
-relative L2 error of the final latent against the full run. Reprise's own; the hindcast idea is that of step-size
-control in ODE solvers.
+h skips in this group, N evaluations in the run, of which most samplers have one per step: a group may use up as much of
+the tolerance as its share of the run, and as the groups' errors have nothing to do with each other, their squares add up
+to the tolerance. It has one unit for every model, the relative L2 error of the final latent against the full run.
+Reprise's own; the hindcast idea is that of step-size control in ODE solvers.
 """
 import math
 from dataclasses import dataclass
@@ -27,4 +27,5 @@ class ErrorControl:
     def skip(self, view) -> bool:
         if view.predicted is None or not self.tolerance:
             return False
-        return view.owed + view.predicted <= self.tolerance * math.sqrt((view.skipped + 2) / view.step.steps)
+        evaluations = view.step.steps * view.step.often
+        return view.owed + view.predicted <= self.tolerance * math.sqrt((view.skipped + 2) / evaluations)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import sqrt
 
 from ...knob import knob
-from .base import Predictor, ahead
+from .base import Predictor, distance
 from .divided_differences import lagrange
 
 GAUSS = (0.5 - 0.5 / sqrt(3), 0.5 + 0.5 / sqrt(3))     # means of polynomials are exact with these two points up to degree 3
@@ -31,4 +31,4 @@ class AdamsBashforth(Predictor):
         return [sum(values) / len(points) for values in zip(*points, strict=True)]
 
     def reach(self, past, at) -> float:
-        return ahead(past, at)
+        return distance(past, at)

@@ -45,6 +45,11 @@ def ahead(past: Sequence[Step], at: Step) -> float:
     return abs(at.place - past[-1].place)
 
 
+def distance(past: Sequence[Step], at: Step) -> float:
+    """How far it is from the newest snapshot to `at` for what a model says: |t_0^2 - t^2|, t the share of noise in x."""
+    return abs(past[-1].noise ** 2 - at.noise ** 2)
+
+
 def distinct(positions: Sequence[float]) -> bool:
     """Whether no two neighbours meet, so that one may divide by what lies between them."""
     return all(abs(b - a) > NEAR for a, b in pairwise(positions))

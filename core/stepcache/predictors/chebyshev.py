@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...knob import knob
-from .base import Predictor, ahead
+from .base import Predictor, distance
 from .divided_differences import lagrange
 
 
@@ -49,4 +49,4 @@ class ChebyshevRidge(Predictor):
         return [self.blend * a + (1 - self.blend) * b for a, b in zip(fitted.tolist(), line, strict=True)]
 
     def reach(self, past, at) -> float:
-        return ahead(past, at)
+        return distance(past, at)

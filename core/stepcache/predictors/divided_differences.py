@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 
 from ...knob import knob
-from .base import Predictor, ahead, distinct, newest
+from .base import Predictor, distance, distinct, newest
 
 COORDINATES = {
     "step index": lambda step: step.place,
@@ -48,4 +48,4 @@ class DividedDifferences(Predictor):
         return t if distinct(t[:-1]) else [step.place for step in steps]
 
     def reach(self, past, at) -> float:
-        return ahead(past, at) ** self.history
+        return distance(past, at) ** self.history

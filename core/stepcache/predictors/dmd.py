@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...knob import knob
 from ...store import SAME_PLACE
-from .base import Predictor, ahead
+from .base import Predictor, distance
 from .divided_differences import lagrange
 
 FEWEST = 4
@@ -80,4 +80,4 @@ class DynamicModes(Predictor):
         return [0.0, *weights.tolist()] if torch.isfinite(weights).all() else None
 
     def reach(self, past, at) -> float:
-        return ahead(past, at)
+        return distance(past, at)

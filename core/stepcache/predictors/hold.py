@@ -4,7 +4,7 @@
 """
 from dataclasses import dataclass
 
-from .base import Predictor, ahead, newest
+from .base import Predictor, distance, newest
 
 
 @dataclass(frozen=True)
@@ -15,4 +15,4 @@ class Hold(Predictor):
         return newest(len(past))
 
     def reach(self, past, at) -> float:
-        return ahead(past, at)
+        return distance(past, at)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import factorial
 
 from ...knob import knob
-from .base import Predictor, ahead, distinct, newest
+from .base import Predictor, distance, distinct, newest
 
 
 @dataclass(frozen=True)
@@ -38,4 +38,4 @@ class Taylor(Predictor):
         return [sum(derivative[j] * k ** i / factorial(i) for i, derivative in enumerate(before)) for j in range(len(past))]
 
     def reach(self, past, at) -> float:
-        return ahead(past, at) ** len(past)
+        return distance(past, at) ** len(past)

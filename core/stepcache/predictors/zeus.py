@@ -12,7 +12,7 @@ no snapshot has, so it is not a weighted sum of snapshots.
 """
 from dataclasses import dataclass
 
-from .base import Predictor, ahead
+from .base import Predictor, distance
 
 
 @dataclass(frozen=True)
@@ -25,4 +25,4 @@ class Zeus(Predictor):
         return [-1.0, 2.0] if odd else [0.0, 1.0]
 
     def reach(self, past, at) -> float:
-        return ahead(past, at)
+        return distance(past, at)

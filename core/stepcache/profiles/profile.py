@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...step import Clock
 from ..error_budget import ErrorBudget
+from ..handed_on import hands_on_as
 from .facts import Facts
 from .plan import Plan, allowed, plans
 
@@ -64,9 +65,10 @@ class Profile:
 
     def steps(self, looks_back: bool) -> tuple[list[float], list[float]]:
         """Gaps and gains."""
-        clock, budget = Clock(list(self.facts.sigmas), self.flow), ErrorBudget(1.0, looks_back)
+        clock = Clock(list(self.facts.sigmas), self.flow)
+        budget = ErrorBudget(1.0, looks_back, hands_on_as(self.facts.sampler), clock)
         steps = [clock.tick(sigma) for sigma in self.facts.sigmas[:-1]]
-        return [step.gap for step in steps], [budget.handed_on * step.noise ** budget.falls for step in steps]
+        return [step.gap for step in steps], [budget.gain(step) for step in steps]
 
     def expected(self, plan: Plan) -> float:
         """The relative L2 error of the final latent to expect of a plan, by what the checks measured; not a number without any.
