@@ -25,7 +25,7 @@ log = logging.getLogger("benchmarks")
 
 ERROR_CONTROL = "error control"
 OUTSIDE = (0.15, 0.2, 0.7, 0.8)     # shares of the steps, besides all counts in RANGE
-TOLERANCES = tuple(float(f"{0.0025 * 2 ** (k / 4):.3g}") for k in range(29))    # to 0.32, four to the octave
+TOLERANCES = tuple(float(f"{0.0025 * 2 ** (k / 4):.3g}") for k in range(33))    # to 0.64, four to the octave
 TOLERANCES_ALONE = tuple(sorted({*TOLERANCES[4::2], *TOLERANCE.values()}))      # where every picture takes its own decisions, and time
 LONG = 8        # skips in a row
 HOST_NODES = {"host EasyCache": EasyCacheNode, "host LazyCache": LazyCacheNode}
@@ -79,6 +79,8 @@ SETTINGS = {
     "MagCache": Series(over("max_skips", 1, 2, 3, 5, threshold=0.24, retention_ratio=0.1), (HOLD, LINE)),
     "CG-Taylor": Series(over("gate", 0.03, 0.06, 0.13, 0.25, warm_up=3), (LINE,)),
     "ZEUS": Series(over("preset", "FLUX", "SD", "Wan 2.1"), (entry("ZEUS"), LINE), level=entry("guided output")),
+    "centred interval": Series(over("interval", 3, 4, 5), (HOLD, LINE)),
+    "key steps": Series(({},), (HOLD, LINE)),
     "schedule": Series(over("preset", "slow", "medium", "fast", "ultra"), (LINE, BEND)),
     "temporal delta": Series((*over("threshold", 0.05, 0.1, max_skips=2), *over("threshold", 0.2, max_skips=3)), (HOLD, LINE)),
 }
@@ -91,6 +93,7 @@ RANGES = {"flux": "3-5, 6-8", "nextdit": "0", "wan": "0, 2"}
 AT_LEVELS = (
     *(("temporal delta", Series((*over("threshold", 0.1, max_skips=2), *over("threshold", 0.3, max_skips=4)),
                                 level=entry("block ranges", ranges=ranges), family=family)) for family, ranges in RANGES.items()),
+    ("TeaCache", Series(over("threshold", 0.2, 0.4, 0.8, 1.6, coefficients="lumina_2"), (HOLD, LINE), family="nextdit")),
     ("interval", Series(over("interval", 3, 5, warm_up=3), level=entry("front or rear range", border=0.5, share=0.75))),
 )
 
@@ -219,7 +222,7 @@ def in_series(name: str, series: Series, steps: int, quick: bool) -> Iterator[Ow
 
 def policies(steps: int, quick: bool) -> Iterator[Own]:
     for name in POLICIES:
-        if name == ERROR_CONTROL:
+        if name in (ERROR_CONTROL, "profile"):      # a profile has to be made first
             continue
         series = SETTINGS.get(name)
         if series is None:

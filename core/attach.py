@@ -117,7 +117,7 @@ def open_run(settings: Settings, guider, shape, sampler, sigmas, latents=()) -> 
     network = getattr(network, "_orig_mod", network)    # torch.compile, by way of an object patch of the run before
     family = family_of(network) or Family(type(network).__name__)
     wrappers = {key for kind in options.get("wrappers", {}).values() for key, entries in kind.items() if entries}
-    reason = stand_down(len(sigmas) - 1, wrappers, set(options), type(network).__name__, name, settings.few_steps)
+    reason = stand_down(sigmas.tolist(), wrappers, set(options), type(network).__name__, name, settings.few_steps)
     if reason:
         return None, Report(state="off", reason=reason, model=family.name, sampler=name, steps=len(sigmas) - 1)
     space = guider.model_patcher.get_model_object("model_sampling")

@@ -78,8 +78,20 @@ class Report:
         if self.estimated_error is not None and checked:
             told, found = median(e.predicted_error for e in checked), median(e.hindcast_error for e in checked)
             worst = max(e.hindcast_error for e in checked)
-            text += f" (a skip, checked at {len(checked)} computed steps: expected {told:.1%}, measured {found:.1%}, at worst {worst:.1%})"
+            where = "1 computed step" if len(checked) == 1 else f"{len(checked)} computed steps"
+            text += f" (at {where} a skip was expected to add {told:.1%} and would have added {found:.1%}, at worst {worst:.1%})"
         text += f", {self.seconds:.2f} s"
         if self.time_share is not None:
             text += f", {self.time_share:.0%} of the time of computing all"
-        return text + (f" ({self.reason})" if self.reason else "")
+        why = self.reason or self.why_none
+        return text + (f" ({why})" if why else "")
+
+    @property
+    def why_none(self) -> str:
+        """Why nothing was skipped, where no more is known of it than who decided; empty if something was."""
+        if not self.each or self.computed < len(self.each):
+            return ""
+        left = sum(not e.why for e in self.each)
+        if not left:
+            return "warm_up, last_steps, start_percent and end_percent leave none that may be skipped"
+        return f"policy '{self.policy}' skipped none of the {left} that were left to it"

@@ -80,6 +80,8 @@ class Settings:
             "budget_mib": self.budget_mib, "storage": self.storage, "device": self.device,
         }
 
+KINDS = {"transformer": "a transformer", "unet": "a UNet"}
+
 
 class Run:
     """Opened and closed around the host's outer sampling call; lives in that call's model options only."""
@@ -100,11 +102,14 @@ class Run:
             model=family.name, sampler=sampler, steps=self.clock.steps, policy=settings.policy.name, predictor=settings.predictor.name,
             level=self.level.name, settings=settings.as_dict() | {"max_consecutive_skips": longest})
         if self.level.serves not in (None, family.kind):
-            self.level, unfit = GuidedOutput(), self.level
+            wanted, self.level = self.level, GuidedOutput()
             self.report.level = self.level.name
-            self.report.add_reason(f"level '{unfit.name}' is for a {unfit.serves} and {family.name} is a {family.kind}, so guided output is skipped instead")
             if settings.policy.needs_forward:
-                self.report.add_reason(f"policy '{settings.policy.name}' cannot see its first blocks there, so everything is computed")
+                self.report.add_reason(f"policy '{settings.policy.name}' must see the first blocks of a transformer and this model is {KINDS[family.kind]}, "
+                                       "so everything is computed")
+            else:
+                self.report.add_reason(f"level '{wanted.name}' is for {KINDS[wanted.serves]} and this model is {KINDS[family.kind]}, "
+                                       f"so level '{self.level.name}' takes its place")
         if not steady:
             self.report.add_reason(f"{sampler} may add noise or build errors up, so at most one skip in a row")
         if settings.storage == "fp8" and any(c.depth > 1 for c in candidates):
@@ -218,5 +223,6 @@ class Run:
             self.report.cache_bytes += self.mask.numel() * self.mask.element_size()
             self.mask = None
         if self.masks > 1:
-            self.report.add_reason(f"the denoise mask changed {self.masks - 1} times, and nothing is predicted across that")
+            changes = "once" if self.masks == 2 else f"{self.masks - 1} times"
+            self.report.add_reason(f"the denoise mask changed {changes}, and nothing is predicted across that")
         return self.report

@@ -41,7 +41,7 @@ class StepCache(io.ComfyNode):
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
                                tooltip="Skips are allowed up to this share of the noise schedule; the last step is always computed. "
                                        "Used by the preset 'custom'."),
-                io.Int.Input("max_consecutive_skips", default=4, min=0, max=50, optional=True, advanced=True,
+                io.Int.Input("max_consecutive_skips", default=0, min=0, max=50, optional=True, advanced=True,
                              tooltip="After so many skips in a row an evaluation is computed; Heun and its kin evaluate twice per step. 0 goes by the "
                                      "run's length: a sixth of the steps, but at least 4. Used by the preset 'custom'; the others have 0."),
                 choice("correction", CORRECTIONS, tooltip="Puts a prediction right by what was learnt in the run. Used by the preset 'custom'."),
@@ -64,7 +64,7 @@ class StepCache(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, enabled: bool = True, preset: str = "balanced", policy: dict | None = None, predictor: dict | None = None,
-                level: dict | None = None, start_percent: float = 0.0, end_percent: float = 1.0, max_consecutive_skips: int = 4,
+                level: dict | None = None, start_percent: float = 0.0, end_percent: float = 1.0, max_consecutive_skips: int = 0,
                 correction: dict | None = None, warm_up: int = 1, last_steps: int = 1, few_steps: bool = False, budget_mib: int = 0,
                 storage: str = "same", device: str = "gpu") -> io.NodeOutput:
         if not enabled:

@@ -48,6 +48,7 @@ class StepCache:
         self.notes: dict = {}                # what a level remembers of the network over the run; no tensors
         self.lock = threading.Lock()         # the host may evaluate conditions in several threads, one per GPU
         self.skipped_in_a_row, self.look_back, self.budget = 0, look_back, budget or ErrorBudget(looks_back=look_back is not None)
+        self.longest = 0                     # skips in a row so far
         self.broken = ""                     # why everything is computed from here on
         self.restart = ""                    # why the history begins anew at the next evaluation
         self.watch = Watch(signal_of(policy))
@@ -78,7 +79,8 @@ class StepCache:
             self.decide()
 
     def decide(self) -> None:
-        view = View(self.step, tuple(self.computed), self.expected, self.budget.owed, self.skipped_in_a_row, self.report.model, self.watch)
+        view = View(self.step, tuple(self.computed), self.expected, self.budget.owed, self.skipped_in_a_row, self.longest, self.budget.guided,
+                    self.report.model, self.watch)
         self.decision = not self.why and bool(self.streams.best) and (self.each or self.policy).skip(view)
 
     def skips(self, signal: Tensor | None = None, row: Row | None = None, x: Tensor | None = None) -> bool:
@@ -113,7 +115,7 @@ class StepCache:
             while self.again(step):
                 self.computed.pop()
             self.computed.append(step)
-            self.skipped_in_a_row = 0
+            self.longest, self.skipped_in_a_row = max(self.longest, self.skipped_in_a_row), 0
         self.watch.finish(skipped)
         if self.each is not None:
             self.each.finish()

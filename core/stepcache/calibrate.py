@@ -100,7 +100,7 @@ class Calibration:
             return "the sigmas do not fall from each to the next"
         if self.facts.steps > MOST_STEPS:
             return f"the schedule has {self.facts.steps} steps, and a profile has {MOST_STEPS} at most"
-        return stand_down(self.facts.steps, wrappers, set(options), self.facts.model, sampler=sampler_name(self.sampler))
+        return stand_down(self.facts.sigmas, wrappers, set(options), self.facts.model, sampler=sampler_name(self.sampler))
 
     def sample(self, model, positive, seed: int, tick: Callable[[], None]) -> Tensor:
         """The latent that the host's sampler makes of one prompt and one noise."""

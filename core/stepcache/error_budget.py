@@ -39,7 +39,7 @@ class ErrorBudget:
         """`solver` and `clock` tell how the sampler goes on; without them it is taken for Euler."""
         over = min(max(guidance, 1.0), MOST_GUIDANCE) - 1
         self.handed_on, self.falls = HANDED_ON + BY_GUIDANCE[0] * over, FALLS + BY_GUIDANCE[1] * over
-        self.looks_back = looks_back
+        self.guided, self.looks_back = over > 0, looks_back
         self.factors = against_euler(solver, clock, self.falls) if solver and clock else ()
         self.ratio = EXPECTED_TOO_LOW
         self.scale: float | None = None     # |d| / |D| at the last computed step, the one that ends a group

@@ -1,4 +1,6 @@
 """Hard rules that no policy can overrule, and reasons not to run at all."""
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..step import Step
@@ -51,8 +53,11 @@ def most_skips(steps: int) -> int:
     return max(least, int(steps * share))
 
 
-def stand_down(steps: int, wrapper_keys: set[str], option_keys: set[str], model: str = "", sampler: str = "", few_steps: bool = False) -> str:
+def stand_down(sigmas: Sequence[float], wrapper_keys: set[str], option_keys: set[str], model: str = "", sampler: str = "", few_steps: bool = False) -> str:
     """Why the step cache must not act on this run; empty when it may. `model` is the diffusion model's class, `few_steps` lets short runs pass."""
+    steps = len(sigmas) - 1
+    if not all(map(math.isfinite, sigmas)):
+        return "the schedule has a sigma that is not a number"
     if sampler in STATEFUL_SAMPLERS:
         return f"sampler {sampler} {STATEFUL_SAMPLERS[sampler]}, so none may be skipped"
     if steps < FEWEST_STEPS and not few_steps:

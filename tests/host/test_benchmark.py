@@ -160,7 +160,7 @@ def test_a_stopped_table_goes_on_and_a_new_engine_measures_its_own_rows_alone(fe
     run.clear()
     _campaign.fill(Rows(rows.path), few)
     assert run == []
-    monkeypatch.setattr(_grid, "engine", lambda: "another")
+    monkeypatch.setattr(_grid, "engine", lambda method: "another")
     assert _campaign.stale_rows(Rows(rows.path)) == 4
     _campaign.fill(Rows(rows.path), few)
     assert sorted(run) == ["error control", "error control", "mask", "mask"] and _campaign.stale_rows(Rows(rows.path)) == 0
@@ -190,15 +190,28 @@ def test_the_files_are_made_from_the_rows_and_the_verdict_reads_them(few, tmp_pa
     assert findings == _verdict.verdict(Rows(rows.path))
 
 
-def test_the_engine_hash_sees_code_and_not_comments(monkeypatch, tmp_path):
+def test_the_engine_hash_sees_code_and_neither_comments_nor_sentences(monkeypatch, tmp_path):
     (tmp_path / "core").mkdir()
     file = tmp_path / "core" / "a.py"
     monkeypatch.setattr(_grid, "ROOT", tmp_path)
     found = []
-    for text in ("x = 1\n", '"""Told."""\nx = 1  # why\n', "x = 2\n"):
+    for text in ('x = "one two"\n', '"""Told."""\nx = "one two"  # why\n', 'x = "one"\n', 'x = "this is a sentence"\n', 'x = f"and {so} is this"\n'):
         file.write_text(text)
-        found.append(_grid.engine.__wrapped__())
-    assert found[0] == found[1] != found[2]
+        found.append(_grid.engine.__wrapped__("interval"))
+    assert found[0] == found[1] != found[2] != found[3] == found[4]
+
+
+def test_what_error_control_alone_asks_makes_no_row_of_another_method_stale(monkeypatch, tmp_path):
+    (folder := tmp_path / "core" / "stepcache").mkdir(parents=True)
+    monkeypatch.setattr(_grid, "ROOT", tmp_path)
+    for file, by_both in (("error_budget.py", False), ("cache.py", True)):
+        found = []
+        for text in ("x = 1\n", "x = 2\n"):
+            (folder / file).write_text(text)
+            found.append({method: _grid.engine.__wrapped__(method) for method in ("interval", "error control")})
+        changed = {method for method in found[0] if found[0][method] != found[1][method]}
+        assert changed == ({"interval", "error control"} if by_both else {"error control"})
+    assert all((_grid.Path(_methods.__file__).parent.parent / file).is_file() for file in _grid.ASKED_BY)
 
 
 @pytest.mark.parametrize("arguments, told", [

@@ -77,7 +77,8 @@ def test_a_model_of_no_known_family_has_no_blocks_for_a_policy_to_see():
 
 
 def test_a_sampler_that_counts_on_every_evaluation_is_left_alone():
-    assert "none may be skipped" in stand_down(50, set(), set(), sampler="ar_video") and not stand_down(50, set(), set(), sampler="euler")
+    sigmas = [1 - n / 50 for n in range(51)]
+    assert "none may be skipped" in stand_down(sigmas, set(), set(), sampler="ar_video") and not stand_down(sigmas, set(), set(), sampler="euler")
     assert hasattr(comfy.k_diffusion.sampling, "sample_ar_video")
 
 

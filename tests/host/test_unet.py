@@ -343,12 +343,13 @@ def test_a_level_that_is_not_for_the_model_becomes_guided_output_and_says_so(nam
     wanted, other = run(model(name), name, cached={"level": "guided output"})
     assert torch.equal(latent, wanted) and decisions(report) == decisions(other) and not all(decisions(report))
     assert report.level == "guided output" and f"level '{level}' is for a" in report.reason and report.reason in report.line()
+    assert "this model is a UNet" in report.reason or "this model is a transformer" in report.reason
 
 
 def test_a_policy_that_must_see_first_blocks_computes_a_unet_and_says_so():
     latent, report = run(model("sd15_like"), "sd15_like", cached={"policy": "first block", "policy_knobs": {"threshold": 1.0}})
     assert torch.equal(latent, sample(model("sd15_like"), "sd15_like")) and all(decisions(report))
-    assert "cannot see its first blocks" in report.reason
+    assert report.reason == "policy 'first block' must see the first blocks of a transformer and this model is a UNet, so everything is computed"
 
 
 @pytest.mark.parametrize("level", UNET_LEVELS)

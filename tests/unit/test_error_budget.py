@@ -350,6 +350,14 @@ def test_from_where_it_no_longer_looks_back_more_of_an_error_is_expected_to_stay
     assert without.budget.gain(STEPS[8]) == before * NOT_LOOKED_BACK
 
 
+@pytest.mark.parametrize(("guidance", "groups"), [(1.0, [8, 8]), (2.0, [2, 3, 4, 5])])
+def test_with_guidance_no_group_is_longer_by_two_than_the_longest_that_was_measured(guidance, groups):
+    bench = Bench(ErrorControl(tolerance=1.0), [torch.ones(1, 4)] * 20)
+    bench.cache.budget, bench.cache.governor = ErrorBudget(guidance), Governor(2.0, 0.0, 8)
+    decisions = "".join("." if one else "s" for one in computed(bench.run()))
+    assert [len(group) for group in decisions.strip(".").split(".")] == groups
+
+
 @given(st.floats(0, 1), st.floats(0, 1), st.integers(2, 18), st.floats(0, 0.2))
 def test_at_no_decision_does_a_larger_tolerance_skip_less(one, other, n, error):
     low, high = sorted((one, other))

@@ -208,9 +208,21 @@ def test_the_governor_says_why_a_step_may_not_be_skipped(at, computed, skips, wh
     assert GOVERNOR.must_compute(STEPS[at], tuple(STEPS[n] for n in computed), skips) == why
 
 
+def falling(steps: int) -> list[float]:
+    return [1 - n / steps for n in range(steps + 1)]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_schedule_with_what_is_no_number_is_left_to_the_sampler(wrong):
+    for at in (0, 7, 20):
+        sigmas = falling(20)
+        sigmas[at] = wrong
+        assert "not a number" in stand_down(sigmas, set(), set())
+
+
 def test_reasons_to_stand_down():
-    assert stand_down(FEWEST_STEPS, {"reprise.step_cache", "someone"}, {"patches"}) == ""
-    assert "8 step" in stand_down(FEWEST_STEPS - 1, set(), set())
-    assert "nunchaku" in stand_down(20, set(), set(), "ComfyFluxWrapper")
-    assert "EasyCache" in stand_down(20, {"easycache"}, set()) and "LazyCache" in stand_down(20, {"lazycache"}, set())
-    assert "TeaCache" in stand_down(20, set(), {"rel_l1_thresh"}) and "MagCache" in stand_down(20, set(), {"magcache_thresh"})
+    assert stand_down(falling(FEWEST_STEPS), {"reprise.step_cache", "someone"}, {"patches"}) == ""
+    assert "8 step" in stand_down(falling(FEWEST_STEPS - 1), set(), set())
+    assert "nunchaku" in stand_down(falling(20), set(), set(), "ComfyFluxWrapper")
+    assert "EasyCache" in stand_down(falling(20), {"easycache"}, set()) and "LazyCache" in stand_down(falling(20), {"lazycache"}, set())
+    assert "TeaCache" in stand_down(falling(20), set(), {"rel_l1_thresh"}) and "MagCache" in stand_down(falling(20), set(), {"magcache_thresh"})

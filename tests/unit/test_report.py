@@ -32,7 +32,17 @@ def test_an_error_that_is_not_finite_does_not_spoil_the_record():
 def test_the_line_tells_what_was_saved_and_how_far_off_it_is():
     line = ran(reason="a reason", estimated_error=0.0214).line()
     assert "\n" not in line and line.startswith("Step Cache: 3.4 of 5 evaluations (1.47x fewer), 3 computed, 2 skipped")
-    assert "estimated error 2.1% of the latent" in line and "expected" in line and "measured" in line and "1.50 s" in line and line.endswith("(a reason)")
+    for part in ("estimated error 2.1% of the latent", "at 2 computed steps a skip was expected to add", "would have added", "1.50 s"):
+        assert part in line
+    assert line.endswith("(a reason)")
+
+
+def test_the_line_says_why_nothing_was_skipped():
+    forced, left = Evaluation(1.0, True, 1.0, why="warm-up"), Evaluation(0.5, True, 1.0)
+    assert Report(policy="interval", each=[forced, left, left]).line().endswith("(policy 'interval' skipped none of the 2 that were left to it)")
+    assert "leave none that may be skipped" in Report(each=[forced]).line()
+    assert Report(reason="a reason", each=[left]).line().endswith("(a reason)")
+    assert Report(each=[left, Evaluation(0.2, False, 0.0)]).why_none == "" == Report().why_none
 
 
 def test_the_line_tells_what_share_of_the_time_it_took():

@@ -36,4 +36,6 @@ class BlockRange(OfBlocks):
         if last and not blocks.go_on:
             cache.report.add_reason(f"{blocks.family.name} cannot run blocks after a skipped range, so last_blocks is 0")
             last = 0
+        elif first < self.first_blocks or last < self.last_blocks:
+            cache.report.add_reason(f"the model has {total} blocks, so first_blocks is {first} and last_blocks {last}: a skip leaves out one at least")
         return ((first, total - last),)

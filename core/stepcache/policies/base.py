@@ -15,6 +15,8 @@ class View:
     predicted: float | None         # what a skip here is expected to add to the relative error of the final latent
     owed: float                     # sum of `predicted` over the steps skipped since the last computed one
     skipped: int = 0                # so many
+    longest: int = 0                # and in the longest group of skips that a computed step has measured
+    guided: bool = False            # CFG is above 1
     family: str = ""                # the model family's name
     signal: Watch = field(default_factory=Watch)    # what the policy asked to watch; numbers are worked out when asked for
 
