@@ -42,6 +42,19 @@ def path_of(folder: Path, name: str) -> Path:
     return folder / f"{name}.json"
 
 
+def stamp(folder: Path, name: str) -> str:
+    """Size and time of change of both files; another text as soon as one of them is another, is gone or is there. They are not opened."""
+    return "" if no_name(name) else " ".join(stamp_of(folder / f"{name}{suffix}") for suffix in (".json", ".safetensors"))
+
+
+def stamp_of(path: Path) -> str:
+    try:
+        found = path.stat()
+    except OSError:     # the error is told when the profile is read
+        return "-"
+    return f"{found.st_size}:{found.st_mtime_ns}"
+
+
 def write(folder: Path, name: str, profile: Profile) -> Path:
     """The profile, in the place of an older one of that name. A reader finds it whole or not at all."""
     path = path_of(folder, name)
