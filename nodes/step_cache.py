@@ -12,6 +12,7 @@ from ..core.stepcache.profiles import stamp
 from ._api import io
 from .choice import check_sent, choice, chosen
 from .notify import notifier
+from .numbers import check_numbers
 
 CUSTOM, DEFAULT = "custom", "balanced"
 MENUS = {"policy": POLICIES, "predictor": PREDICTORS, "level": LEVELS, "correction": CORRECTIONS}
@@ -85,6 +86,8 @@ class StepCache(io.ComfyNode):
                 storage: str = "same", device: str = "gpu") -> io.NodeOutput:
         if not enabled:
             return io.NodeOutput(model)
+        check_numbers(cls, start_percent=start_percent, end_percent=end_percent, max_consecutive_skips=max_consecutive_skips, warm_up=warm_up,
+                      last_steps=last_steps, budget_mib=budget_mib)
         memory = {"few_steps": few_steps, "budget_mib": budget_mib, "storage": storage, "device": device}
         if preset == CUSTOM:
             sent = sent_inputs(cls.hidden)

@@ -4,6 +4,7 @@ The one module of the step cache that knows the host: its samplers, its wrappers
 """
 import datetime
 import logging
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -96,6 +97,10 @@ class Calibration:
         sources = self.model.wrappers, options.get("wrappers", {})
         wrappers = {key for source in sources for kind in source.values() for key, entries in kind.items() if entries}
         sigmas = self.facts.sigmas
+        if len(sigmas) < 2:
+            return f"the schedule has {len(sigmas)} sigma{'s' * (len(sigmas) != 1)} and no step; connect that of a scheduler, with 9 steps or more"
+        if strange := [f"sigma {n} is {sigma}" for n, sigma in enumerate(sigmas) if not math.isfinite(sigma)]:
+            return f"{strange[0]}, and a schedule has numbers alone; look at the node that makes the sigmas"
         if any(later >= sooner for sooner, later in zip(sigmas, sigmas[1:], strict=False)):
             return "the sigmas do not fall from each to the next"
         if self.facts.steps > MOST_STEPS:
