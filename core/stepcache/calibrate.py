@@ -191,7 +191,7 @@ def calibrate(calibration: Calibration, positives: Sequence, noises: int, name: 
         plan = plans[count]
         measured = trials.error(plan.computed)
         if measured is None:
-            remarks.append(f"no check run with {count} steps, so what a tolerance comes to is not known ({trials.failed})")
+            remarks.append(f"no check run with {count} computed step{'s' * (count != 1)}, so what a tolerance comes to is not known ({trials.failed})")
             continue
         checks.append(Check(count, plan.error, measured))
         better = trials.bettered(profile, plan, measured, refine)

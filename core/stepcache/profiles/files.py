@@ -80,16 +80,23 @@ def replace(path: Path, content: bytes) -> None:
 def read(folder: Path, name: str) -> Profile:
     path = path_of(folder, name)
     if not path.is_file():
-        known = sorted(p.stem for p in folder.glob("*.json"))[:12] if folder.is_dir() else []
-        raise ValueError(f"there is no profile '{name}'; {'known: ' + ', '.join(known) if known else 'make one with Step Cache Calibrate'}")
+        known = ", ".join(names(folder)[:12])
+        raise ValueError(f"there is no profile '{name}'; {f'known: {known}' if known else 'make one with Step Cache Calibrate'}")
     try:
         return checked(name, bounded(path, MOST_JSON), bounded(path.with_name(f"{name}.safetensors"), MOST_TENSORS))
     except OSError as error:
         raise ValueError(f"profile '{name}' cannot be read ({error.strerror}); calibrate again") from error
 
 
+def names(folder: Path) -> list[str]:
+    """Those of the profiles that are there; a folder or a pipe is none."""
+    return sorted(path.stem for path in folder.glob("*.json") if path.is_file() and not no_name(path.stem)) if folder.is_dir() else []
+
+
 def bounded(path: Path, most: int) -> bytes:
     """The content of a file that is no larger than it should be."""
+    if path.exists() and not path.is_file():    # to open a pipe is to wait for whoever writes into it
+        raise ValueError(f"{path.name} is no file; remove it and calibrate again")
     with path.open("rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
