@@ -20,6 +20,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..families import Family, family_of
+from ..knob import shown
 from ..report import Report
 from ..step import CLOSE, Clock
 from ..store import Row
@@ -181,7 +182,7 @@ def calibrate(calibration: Calibration, positives: Sequence, noises: int, name: 
     schedules for each. `tick` is called once per step of the runs; there are at most `evaluations(...)` of them.
     """
     if fault := no_name(name):
-        raise ValueError(f"name is '{name[:100]}'; {fault}")
+        raise ValueError(f"name is '{shown(name)}'; {fault}")
     pictures = [(positive, seed) for positive in positives for seed in range(noises)]
     full, recordings = zip(*(calibration.recorded(*picture, tick) for picture in pictures), strict=True)
     profile, trials = calibration.profile(recordings), Trials(calibration, pictures, full, cached, tick)

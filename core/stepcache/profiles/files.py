@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ...knob import shown
 from .facts import Facts
 from .plan import Plan
 from .profile import Check, Polynomial, Profile
@@ -38,7 +39,7 @@ def no_name(name: str) -> str:
 
 def path_of(folder: Path, name: str) -> Path:
     if fault := no_name(name):
-        raise ValueError(f"profile name {str(name)[:100]!r} is refused; {fault}")
+        raise ValueError(f"profile name {shown(name)!r} is refused; {fault}")
     return folder / f"{name}.json"
 
 
