@@ -4,7 +4,7 @@ from ._api import io
 
 def check_numbers(node: type[io.ComfyNode], **sent: float) -> None:
     """Raise for a number that does not lie in the range of the input of its name."""
-    inputs = {entry.id: entry for entry in node.GET_SCHEMA().inputs}
+    inputs = {entry.id: entry for entry in node.define_schema().inputs}
     for name, value in sent.items():
         low, high = inputs[name].min, inputs[name].max
         if not low <= value <= high:

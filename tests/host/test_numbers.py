@@ -5,6 +5,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy_api.internal import make_locked_method_func
 from harness import model, schedule, spied
 
 from pack.core.knob import knobs
@@ -23,7 +24,7 @@ KNOBS = [pytest.param(kind, name, knob, id=f"{kind} {name}: {knob.name}") for ki
 
 
 def called(node, patcher, **inputs):
-    """The node with what it cannot do without."""
+    """The node with what it cannot do without, as the host calls it: on a clone of its class that nothing may be written to."""
     picture = torch.zeros(1, 16, 16, 3)
     needed = {
         StepCache: {"model": patcher, "preset": "custom"},
@@ -32,7 +33,8 @@ def called(node, patcher, **inputs):
             "sampler": comfy.samplers.ksampler("euler"), "sigmas": schedule("flux", 9), "latent_image": {"samples": torch.full((1, 16, 8, 8), 1e-6)}},
         CompareRuns: {"image_a": picture, "image_b": picture},
     }
-    return node.execute(**{**needed[node], **inputs})
+    clone = node.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
+    return make_locked_method_func(node, "execute", clone)(**{**needed[node], **inputs})
 
 
 def refusal(node, **inputs) -> str:
