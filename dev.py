@@ -1,6 +1,7 @@
 """Reprise's commands for developers and for the curious. Nothing but Python 3.10 and pip is needed.
 
     python3 dev.py demo [--out DIR]          run every workflow with and without Reprise; pictures and report.json
+    python3 dev.py captions [--out FILE]     sixteen captions, drawn by each trained model, on one sheet
     python3 dev.py test [pytest arguments]   ruff, then every tier of tests
     python3 dev.py serve [--port N]          leave ComfyUI up with Reprise and the demo models
     python3 dev.py bench NAME [arguments]    one benchmark, for example: bench step-cache --first

@@ -13,7 +13,7 @@ def check_pair(a: Tensor, b: Tensor) -> None:
         if batch.ndim != 4 or not batch.numel() or batch.shape[-1] not in (1, 3, 4):
             raise ValueError(f"image {name} has the shape {list(batch.shape)}; [pictures, height, width, 1, 3 or 4 channels] is expected, so connect an IMAGE")
     if len(a) != len(b):
-        raise ValueError(f"image A has {len(a)} pictures and image B {len(b)}; connect batches of the same length")
+        raise ValueError(f"image A has {len(a)} picture{'s' * (len(a) != 1)} and image B {len(b)}; connect batches of the same length")
     if a.shape[1:3] != b.shape[1:3]:
         (height, width), (other_height, other_width) = a.shape[1:3], b.shape[1:3]
         raise ValueError(f"image A is {width} x {height} and image B {other_width} x {other_height}; pictures of one size are expected, so scale one of them")
@@ -26,7 +26,8 @@ def notes(a: Tensor, b: Tensor) -> list[str]:
         told.append("Alpha is left out: red, green and blue are compared.")
     beyond = [name for name, batch in (("A", a), ("B", b)) if any(bool((picture < 0).any() or (picture > 1).any()) for picture in batch)]
     if beyond:
-        told.append(f"Image {' and '.join(beyond)} has values beyond 0..1; they are clamped, as they are in a saved picture.")
+        subject = f"Image {beyond[0]} has" if len(beyond) == 1 else f"Images {' and '.join(beyond)} have"
+        told.append(f"{subject} values beyond 0..1; they are clamped, as they are in a saved picture.")
     return told
 
 
@@ -41,7 +42,8 @@ def ready(picture: Tensor, name: str) -> Tensor:
     picture = picture.float()
     if not torch.isfinite(picture).all():
         count = int((~torch.isfinite(picture)).sum())
-        raise ValueError(f"{name} has {count} values that are NaN or infinite and cannot be compared; look for the model or VAE that makes them")
+        which = "values that are" if count != 1 else "value that is"
+        raise ValueError(f"{name} has {count} {which} NaN or infinite and cannot be compared; look for the model or VAE that makes them")
     colours = picture[..., :3].clamp(0, 1).movedim(-1, 0)[None]
     return colours.expand(1, 3, *colours.shape[2:]).contiguous()
 

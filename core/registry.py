@@ -1,4 +1,5 @@
 """Names to choose from. Menus, tests and benchmarks iterate over these."""
+from .knob import shown
 
 
 class Registry(dict):
@@ -16,4 +17,4 @@ class Registry(dict):
         self[entry.name] = entry
 
     def __missing__(self, name):
-        raise ValueError(f"unknown {self.kind} '{name}'; known: {', '.join(self)}")
+        raise ValueError(f"unknown {self.kind} '{shown(name)}'; known: {', '.join(self)}")

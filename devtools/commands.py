@@ -13,13 +13,31 @@ from .process import Failure, interrupt_on_endings, run, say
 from .server import ROOT, serving, usable
 
 
-def demo(arguments: list[str], module: str = "testbed.demo") -> int:
+def demo(arguments: list[str]) -> int:
     parser = ArgumentParser(prog="dev.py demo", description="Runs every workflow with and without Reprise.")
     parser.add_argument("--out", type=Path, default=ROOT / "demo-output", help="folder for the pictures and report.json")
-    options, more = parser.parse_known_args(arguments)
-    out, env = options.out.resolve(), environment()
+    parser.add_argument("--only", metavar="NAME", help="run the workflows with NAME in their file name")
+    parser.add_argument("--thumbnails", action="store_true", help="also write the picture of each trained model beside its workflow, for the template list")
+    return on_a_server("testbed.demo", parser, arguments)
+
+
+def captions(arguments: list[str]) -> int:
+    parser = ArgumentParser(prog="dev.py captions", description="Has each trained model draw the sixteen captions of the demo, on one sheet.")
+    parser.add_argument("--out", type=Path, default=ROOT / "demo-output" / "captions.png", help="file for the sheet")
+    parser.add_argument("--blind", action="store_true", help="shuffle, number instead of caption, write the key as JSON")
+    parser.add_argument("--shuffle", type=int, metavar="SEED", help="order of a blind sheet")
+    return on_a_server("testbed.captions_sheet", parser, arguments)
+
+
+def on_a_server(module: str, parser: ArgumentParser, arguments: list[str]) -> int:
+    """Runs a program of the test bed on a server of its own. The parser has the program's options, so that a wrong one is told before minutes go by."""
+    parser.add_argument("--workflows", type=Path, default=ROOT / "workflows", metavar="DIR", help="folder of the workflows")
+    options = vars(parser.parse_args(arguments))
+    out, workflows = options.pop("out").resolve(), options.pop("workflows").resolve()
+    more = [str(part) for name, value in options.items() if value not in (None, False) for part in ([f"--{name}"] if value is True else [f"--{name}", value])]
+    env = environment()
     with serving(env) as server:
-        command = [env.python, "-m", module, "--server", server.address, "--out", out, "--workflows", ROOT / "workflows", *more]
+        command = [env.python, "-m", module, "--server", server.address, "--out", out, "--workflows", workflows, *more]
         code = run(command, watch=server.check, cwd=ROOT, env=env.variables())
         if code:
             server.check()  # a dead server explains more than a lost connection does
@@ -62,7 +80,7 @@ def train(arguments: list[str]) -> int:
     return run([env.python, "-m", "testbed.train", *arguments, *pictures], cwd=ROOT, env=env.variables())
 
 
-COMMANDS = {command.__name__: command for command in (demo, test, serve, bench, train)}
+COMMANDS = {command.__name__: command for command in (demo, captions, test, serve, bench, train)}
 
 
 def main(arguments: list[str], usage: str) -> int:

@@ -1,5 +1,5 @@
 """A registry as a node input: one option per entry, with the entry's own knobs below it."""
-from ..core.knob import checked, knobs
+from ..core.knob import checked, knobs, shown
 from ..core.registry import Registry
 from ._api import io
 
@@ -30,7 +30,7 @@ def check_sent(name: str, registry: Registry, sent: dict) -> None:
     """
     if name not in sent:
         if stray := [key for key in sent if key.startswith(f"{name}.")]:
-            raise ValueError(f"'{stray[0]}' was sent without '{name}'; send '{name}' too, one of {', '.join(registry)}")
+            raise ValueError(f"'{shown(stray[0])}' was sent without '{name}'; send '{name}' too, one of {', '.join(registry)}")
         return
     check_settings(registry[str(sent[name])], [key.partition(".")[2] for key in sent if key.startswith(f"{name}.")])
 
@@ -40,7 +40,7 @@ def check_settings(entry, names) -> None:
     known = [field.name for field in knobs(entry)]
     unknown = sorted(set(names).difference(known))
     if unknown:
-        raise ValueError(f"{entry.name} has no setting '{', '.join(unknown)}'; it has: {', '.join(known) or 'none'}")
+        raise ValueError(f"{entry.name} has no setting '{shown(', '.join(unknown))}'; it has: {', '.join(known) or 'none'}")
 
 
 def chosen(name: str, registry: Registry, value: dict | None):

@@ -6,6 +6,7 @@ from ..compare.pictures import batch_of
 from ..compare.plot import plot
 from ._api import ProgressBar, io
 from .notify import show
+from .numbers import check_numbers
 from .run_report import REPORT
 
 
@@ -38,6 +39,7 @@ class CompareRuns(io.ComfyNode):
 
     @classmethod
     def execute(cls, image_a, image_b, report_a=None, report_b=None, gain: int = 32) -> io.NodeOutput:
+        check_numbers(cls, gain=gain)
         bar = ProgressBar(len(image_a))
         found = compare(image_a, image_b, (report_a, report_b), gain, bar.update_absolute)
         told = [(name, report) for name, report in (("A", report_a), ("B", report_b)) if report is not None]

@@ -2,15 +2,19 @@
 from ..core.attach import attach_step_cache, check_profile
 from ..core.presets import PRESETS, preset_settings
 from ..core.run import DEVICES, STORAGE, Settings
+from ..core.stepcache.calibrate import profiles_folder
 from ..core.stepcache.corrections import CORRECTIONS
 from ..core.stepcache.levels import LEVELS
 from ..core.stepcache.policies import POLICIES
+from ..core.stepcache.policies.profile import FromProfile
 from ..core.stepcache.predictors import PREDICTORS
+from ..core.stepcache.profiles import stamp
 from ._api import io
 from .choice import check_sent, choice, chosen
 from .notify import notifier
+from .numbers import check_numbers
 
-CUSTOM = "custom"
+CUSTOM, DEFAULT = "custom", "balanced"
 MENUS = {"policy": POLICIES, "predictor": PREDICTORS, "level": LEVELS, "correction": CORRECTIONS}
 
 
@@ -30,7 +34,7 @@ class StepCache(io.ComfyNode):
                 io.Boolean.Input("enabled", default=True, optional=True,
                                  tooltip="Off passes the model through: the picture is bit-identical to the one without the node."),
                 io.Combo.Input(
-                    "preset", options=[*PRESETS, CUSTOM], default="balanced", optional=True,
+                    "preset", options=[*PRESETS, CUSTOM], default=DEFAULT, optional=True,
                     tooltip="safe, balanced and fast allow more and more error, the same for every model, and leave everything below as it should be. "
                             "custom uses the settings below."),
                 choice("policy", POLICIES, tooltip="Decides which steps to skip. Used by the preset 'custom'."),
@@ -63,12 +67,27 @@ class StepCache(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, enabled: bool = True, preset: str = "balanced", policy: dict | None = None, predictor: dict | None = None,
+    def fingerprint_inputs(cls, enabled=True, preset=DEFAULT, policy=None, **others) -> str:
+        """What the node takes from the disk: the host runs it again when this text is another one.
+
+        Nothing ran yet, so what is linked to another node comes as None, and what was left out does too; either may be what the profile is used with.
+        A name that comes so is taken for the default one: to sample once more is better than to show a picture of a profile that is gone.
+        """
+        named = policy if isinstance(policy, dict) else {}
+        if enabled is False or (isinstance(preset, str) and preset != CUSTOM) or named.get("policy") != FromProfile.name:
+            return ""
+        name = named.get("profile")
+        return stamp(profiles_folder(), FromProfile.profile if name is None else name)
+
+    @classmethod
+    def execute(cls, model, enabled: bool = True, preset: str = DEFAULT, policy: dict | None = None, predictor: dict | None = None,
                 level: dict | None = None, start_percent: float = 0.0, end_percent: float = 1.0, max_consecutive_skips: int = 0,
                 correction: dict | None = None, warm_up: int = 1, last_steps: int = 1, few_steps: bool = False, budget_mib: int = 0,
                 storage: str = "same", device: str = "gpu") -> io.NodeOutput:
         if not enabled:
             return io.NodeOutput(model)
+        check_numbers(cls, start_percent=start_percent, end_percent=end_percent, max_consecutive_skips=max_consecutive_skips, warm_up=warm_up,
+                      last_steps=last_steps, budget_mib=budget_mib)
         memory = {"few_steps": few_steps, "budget_mib": budget_mib, "storage": storage, "device": device}
         if preset == CUSTOM:
             sent = sent_inputs(cls.hidden)

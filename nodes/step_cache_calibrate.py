@@ -7,6 +7,7 @@ from ..core.stepcache.policies.schedule import Schedule
 from ..core.stepcache.predictors.automatic import Automatic as AutomaticPredictor
 from ..core.stepcache.profiles.words import described
 from ._api import ProgressBar, io
+from .numbers import check_numbers
 
 
 class StepCacheCalibrate(io.ComfyNode):
@@ -48,6 +49,7 @@ class StepCacheCalibrate(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, sampler, sigmas, latent_image, cfg: float = 1.0, seeds: int = 1, name: str = "calibrated",
                 speed_up: float = 2.0, refine: int = 0, positive_2=None, positive_3=None, positive_4=None) -> io.NodeOutput:
+        check_numbers(cls, cfg=cfg, seeds=seeds, speed_up=speed_up, refine=refine)
         if runs_on(model) is not None:
             raise ValueError("the model has a Step Cache on it and would be measured with its errors; connect the model from before Step Cache")
         prompts = [prompt for prompt in (positive, positive_2, positive_3, positive_4) if prompt is not None]

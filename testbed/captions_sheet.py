@@ -17,7 +17,7 @@ from PIL import Image
 from .captions import DEMO
 from .client import Server, ServerError
 from .picture import captioned, column, framed, row
-from .workflow import WorkflowError, nodes_of, read_workflow, without_reprise
+from .workflow import WorkflowError, is_trained, model_of, nodes_of, read_workflow, without_reprise
 
 WORKFLOWS = Path(__file__).resolve().parent.parent / "workflows"
 COLUMNS = 8
@@ -35,6 +35,7 @@ def main():
         pictures = drawn(Server(chosen.server), chosen.workflows)
         key = {str(number): place for number, place in enumerate(places(pictures, chosen.shuffle if chosen.blind else None), 1)}
         tiles = [captioned(pictures[model][caption], number if chosen.blind else caption) for number, (model, caption) in key.items()]
+        chosen.out.parent.mkdir(parents=True, exist_ok=True)
         framed(column([row(tiles[start:start + COLUMNS]) for start in range(0, len(tiles), COLUMNS)])).save(chosen.out)
         if chosen.blind:
             chosen.out.with_suffix(".json").write_text(json.dumps(key, indent=2) + "\n", encoding="utf-8")
@@ -49,14 +50,14 @@ def places(pictures: dict, shuffle: int | None) -> list[tuple[str, str]]:
 
 
 def drawn(server: Server, workflows: Path) -> dict[str, dict[str, Image.Image]]:
-    """{model file: {caption: picture}}; the first workflow that loads a model speaks for it."""
+    """{model file: {caption: picture}}; the first workflow that loads a trained model speaks for it."""
     sheet, object_info = {}, server.get("/object_info")
     for file in sorted(workflows.glob("*.json")):
-        prompt = without_reprise(read_workflow(file, object_info))
-        model = nodes_of(prompt, "UNETLoader")[0]["inputs"]["unet_name"]
-        if model not in sheet:
+        prompt = read_workflow(file, object_info)
+        model = model_of(prompt)
+        if is_trained(model) and model not in sheet:
             print(f"{model}: {len(DEMO)} captions", flush=True)
-            sheet[model] = {caption: server.run(prompted(prompt, caption)).images[0] for caption in DEMO}
+            sheet[model] = {caption: server.run(prompted(without_reprise(prompt), caption)).images[0] for caption in DEMO}
     return sheet
 
 

@@ -4,6 +4,7 @@ The one module of the step cache that knows the host: its samplers, its wrappers
 """
 import datetime
 import logging
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..families import Family, family_of
+from ..knob import shown
 from ..report import Report
 from ..step import CLOSE, Clock
 from ..store import Row
@@ -96,6 +98,10 @@ class Calibration:
         sources = self.model.wrappers, options.get("wrappers", {})
         wrappers = {key for source in sources for kind in source.values() for key, entries in kind.items() if entries}
         sigmas = self.facts.sigmas
+        if len(sigmas) < 2:
+            return f"the schedule has {len(sigmas)} sigma{'s' * (len(sigmas) != 1)} and no step; connect that of a scheduler, with 9 steps or more"
+        if strange := [f"sigma {n} is {sigma}" for n, sigma in enumerate(sigmas) if not math.isfinite(sigma)]:
+            return f"{strange[0]}, and a schedule has numbers alone; look at the node that makes the sigmas"
         if any(later >= sooner for sooner, later in zip(sigmas, sigmas[1:], strict=False)):
             return "the sigmas do not fall from each to the next"
         if self.facts.steps > MOST_STEPS:
@@ -176,7 +182,7 @@ def calibrate(calibration: Calibration, positives: Sequence, noises: int, name: 
     schedules for each. `tick` is called once per step of the runs; there are at most `evaluations(...)` of them.
     """
     if fault := no_name(name):
-        raise ValueError(f"name is '{name[:100]}'; {fault}")
+        raise ValueError(f"name is '{shown(name)}'; {fault}")
     pictures = [(positive, seed) for positive in positives for seed in range(noises)]
     full, recordings = zip(*(calibration.recorded(*picture, tick) for picture in pictures), strict=True)
     profile, trials = calibration.profile(recordings), Trials(calibration, pictures, full, cached, tick)
@@ -186,7 +192,7 @@ def calibrate(calibration: Calibration, positives: Sequence, noises: int, name: 
         plan = plans[count]
         measured = trials.error(plan.computed)
         if measured is None:
-            remarks.append(f"no check run with {count} steps, so what a tolerance comes to is not known ({trials.failed})")
+            remarks.append(f"no check run with {count} computed step{'s' * (count != 1)}, so what a tolerance comes to is not known ({trials.failed})")
             continue
         checks.append(Check(count, plan.error, measured))
         better = trials.bettered(profile, plan, measured, refine)

@@ -263,7 +263,7 @@ def test_a_schedule_is_followed_at_every_level(level):
 
 def test_a_policy_without_what_it_needs_computes_everything_and_the_report_says_why():
     for policy, knobs, why in (
-            ("TeaCache", {}, "nothing was published for family|cannot be told apart"), ("MagCache", {}, "nothing was published for family nextdit"),
+            ("TeaCache", {}, "have no published coefficients|cannot be told apart"), ("MagCache", {}, "models of family nextdit have no published curve"),
             ("schedule", {"preset": "custom", "steps": "1,0,1"}, "the schedule is one of 3 steps and the run has 12")):
         latent, report = run(model(SECOND), SECOND, cached=cached(policy, knobs, SECOND))
         assert any(part in report.reason for part in why.split("|")) and report.reason.endswith("so everything is computed")

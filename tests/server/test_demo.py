@@ -6,6 +6,8 @@ import pytest
 from PIL import Image
 
 from devtools.server import ROOT
+from testbed import captions_sheet
+from testbed.captions import DEMO
 from testbed.demo import demo
 from testbed.workflow import WorkflowError
 
@@ -40,3 +42,14 @@ def test_the_demo_writes_pictures_a_contact_sheet_and_one_row_for_each_workflow(
             assert getattr(picture, "n_frames", 1) == (9 if row["workflow"].startswith("Wan") else 1)
     assert {row["workflow"].split()[0] for row in rows if not row["trained"]} == {"Wan", "SDXL"}
     assert Image.open(tmp_path / "contact-sheet.png").height >= 128 * len(rows)
+
+
+def test_the_sheet_of_captions_has_every_trained_model_and_no_other(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(captions_sheet, "DEMO", DEMO[:2])
+    out = tmp_path / "new" / "captions.png"
+    monkeypatch.setattr("sys.argv", ["captions_sheet", "--server", server.url, "--out", str(out), "--workflows", str(ROOT / "workflows"), "--blind"])
+    captions_sheet.main()
+    places = json.loads(out.with_suffix(".json").read_text(encoding="utf-8")).values()
+    assert {model for model, _ in places} == {"flux_tiny.safetensors", "z_image_tiny.safetensors"}
+    assert sorted(caption for _, caption in places) == sorted(2 * DEMO[:2])
+    assert Image.open(out).width >= 4 * 128

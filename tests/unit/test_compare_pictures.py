@@ -23,13 +23,15 @@ def spoilt(value: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("a", "b", "said"), [
-    (batch(2), batch(3), ("image A has 2 pictures and image B 3", "connect")),
+    (batch(2), batch(3), ("image A has 2 pictures and image B 3;", "connect")),
+    (batch(1), batch(2), ("image A has 1 picture and image B 2;", "connect")),
     (batch(width=24), batch(width=32), ("image A is 24 x 16 and image B 32 x 16", "scale")),
     (batch(), batch()[0], ("image B has the shape [16, 24, 3]", "connect")),
     (batch(channels=2), batch(channels=2), ("image A has the shape [1, 16, 24, 2]", "channels")),
     (batch()[:0], batch()[:0], ("image A has the shape [0, 16, 24, 3]", "connect")),
-    (batch(2), spoilt(float("nan")), ("picture 2 of image B has 1 values that are NaN or infinite", "look for")),
-    (spoilt(float("inf")), batch(2), ("picture 2 of image A has 1 values that are NaN or infinite", "look for")),
+    (batch(2), spoilt(float("nan")), ("picture 2 of image B has 1 value that is NaN or infinite", "look for")),
+    (torch.full((1, 2, 1, 3), float("nan")), batch(1, 2, 1), ("picture 1 of image A has 6 values that are NaN or infinite", "look for")),
+    (spoilt(float("inf")), batch(2), ("picture 2 of image A has 1 value that is NaN or infinite", "look for")),
 ])
 def test_what_cannot_be_compared_is_refused_in_one_sentence(a, b, said):
     with pytest.raises(ValueError) as caught:
@@ -56,7 +58,7 @@ def test_values_beyond_the_picture_are_clamped_and_said():
     beyond = a * 3 - 1
     found = compare(beyond, b)
     assert found.scores == compare(beyond.clamp(0, 1), b).scores and "Image A has values beyond" in found.text
-    assert "beyond" not in compare(a, b).text and "Image A and B has" not in compare(a, b).text
+    assert "Images A and B have values beyond" in compare(beyond, beyond).text and "beyond" not in compare(a, b).text
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -3,11 +3,13 @@ import ast
 import hashlib
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -324,7 +326,7 @@ def test_ctrl_c_ends_serve_and_the_server_with_it(comfyui, cache):
 # The commands
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
-    (["dmeo"], "no command is called 'dmeo'; known: demo, test"),
+    (["dmeo"], "no command is called 'dmeo'; known: demo, captions, test"),
     (["bench", "nothing"], "which benchmark?"),
 ])
 def test_a_mistyped_command_line_is_one_sentence(arguments, sentence, capsys, monkeypatch):
@@ -333,6 +335,49 @@ def test_a_mistyped_command_line_is_one_sentence(arguments, sentence, capsys, mo
     errors = capsys.readouterr().err
     assert sentence in errors
     assert errors.count("\n") == 1
+
+
+SERVED = {"demo": "testbed.demo", "captions": "testbed.captions_sheet"}
+
+
+@pytest.mark.parametrize("command", ["serve", *SERVED])
+@pytest.mark.parametrize("wrong", [["--bogus"], ["more"], ["--shuffle", "one"], ["--only"]], ids=str)
+def test_arguments_are_looked_at_before_anything_is_built_or_started(command, wrong, capsys, monkeypatch):
+    monkeypatch.setattr(commands, "interrupt_on_endings", lambda: None)
+    monkeypatch.setattr(commands, "environment", lambda **options: pytest.fail("built"))
+    with pytest.raises(SystemExit) as ended:
+        commands.main([command, *wrong], "usage")
+    assert ended.value.code == 2 and f"usage: dev.py {command}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", SERVED)
+def test_a_program_is_called_on_the_server_with_what_it_was_asked_for(command, tmp_path, monkeypatch):
+    @contextmanager
+    def serving(env):
+        yield SimpleNamespace(address="http://here", check=lambda: None)
+
+    called = []
+    monkeypatch.setattr(commands, "interrupt_on_endings", lambda: None)
+    monkeypatch.setattr(commands, "environment", lambda: Environment(Path("python"), tmp_path))
+    monkeypatch.setattr(commands, "serving", serving)
+    monkeypatch.setattr(commands, "run", lambda parts, **options: called.append([str(part) for part in parts]) or 0)
+    monkeypatch.chdir(tmp_path)
+    more = {"demo": ["--only", "flux", "--thumbnails"], "captions": ["--blind", "--shuffle", "3"]}[command]
+    assert commands.main([command], "usage") == commands.main([command, "--out", "here", "--workflows", "there", *more], "usage") == 0
+    plain, all_of_it = called
+    assert plain[:5] == all_of_it[:5] == ["python", "-m", SERVED[command], "--server", "http://here"]
+    assert plain[5] == "--out" and Path(plain[6]).is_absolute() and plain[7:] == ["--workflows", str(ROOT / "workflows")]
+    assert all_of_it[5:] == ["--out", str(tmp_path / "here"), "--workflows", str(tmp_path / "there"), *more]
+
+
+@pytest.mark.parametrize("command", SERVED)
+def test_every_option_of_a_program_is_one_of_its_command(command, capsys, monkeypatch):
+    monkeypatch.setattr(commands, "interrupt_on_endings", lambda: None)
+    with pytest.raises(SystemExit):
+        commands.main([command, "--help"], "usage")
+    known = set(re.findall(r"--[a-z]+", capsys.readouterr().out)) - {"--help"}
+    source = (ROOT / f"{SERVED[command].replace('.', '/')}.py").read_text(encoding="utf-8")
+    assert known | {"--server"} == set(re.findall(r'add_argument\("(--[a-z]+)"', source))
 
 
 def test_every_command_is_in_the_usage():

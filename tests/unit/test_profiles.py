@@ -2,6 +2,7 @@
 import hashlib
 import json
 import math
+import os
 import pickle
 import struct
 from dataclasses import fields, replace
@@ -17,6 +18,7 @@ from pack.core.stepcache.profiles import Check, Facts, Plan, Polynomial, Profile
 from pack.core.stepcache.profiles.files import MOST_JSON, MOST_TENSORS
 from pack.core.stepcache.profiles.fits import fitted, polynomial
 from pack.core.stepcache.profiles.recording import NAMES, OUTPUT, Recording
+from pack.core.stepcache.profiles.words import described, percent
 
 STEPS = 12
 FACTS = Facts("flux", "Flux", "euler", tuple(1 - n / STEPS for n in range(STEPS + 1)), (16, 64, 96), 3.5, "bfloat16")
@@ -109,6 +111,28 @@ def test_a_profile_that_is_not_there_is_told_with_those_that_are(folder):
     assert "there is no profile 'p'; make one with Step Cache Calibrate" in refusal(folder)
     write(folder, "other", made())
     assert "there is no profile 'p'; known: other" in refusal(folder)
+
+
+@pytest.mark.parametrize("what", ["folder", "pipe"])
+def test_what_is_no_file_is_no_profile_and_is_never_opened(folder, what):
+    """A pipe that was opened would wait for ever."""
+    def make(path):
+        path.mkdir() if what == "folder" else os.mkfifo(path)
+
+    if what == "pipe" and not hasattr(os, "mkfifo"):
+        pytest.skip("no pipes here")
+    write(folder, "q", made())
+    make(folder / "p.json")
+    assert refusal(folder) == "there is no profile 'p'; known: q"
+    write(folder, "r", made()).with_suffix(".safetensors").unlink()
+    make(folder / "r.safetensors")
+    assert "r.safetensors is no file" in refusal(folder, "r")
+
+
+def test_what_cannot_be_a_profile_s_name_is_not_told_as_one(folder):
+    write(folder, "q", made())
+    (folder / "not a name.json").touch()
+    assert refusal(folder) == "there is no profile 'p'; known: q"
 
 
 def at(path):
@@ -277,3 +301,27 @@ def test_a_refined_schedule_takes_the_place_of_the_plan_where_the_run_allows_it(
     for plans in (profile.plans(2, anything, True), profile.plans(5, forbidden, True), profile.plans(5, anything, False)):
         assert refined not in plans.values()
     assert replace(profile, refined=()).plans(5, anything, True)[5].computed != refined.computed
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (0.00034, "0.034%"), (0.0004, "0.040%"), (0.000999, "0.10%"), (0.0123, "1.2%"), (0.0996, "10%"), (0.05, "5.0%"), (0.333, "33%"), (1.5, "150%"),
+    (0.0, "0%"), (1e-9, "0.00000010%")])
+def test_an_error_is_told_with_two_digits_that_count(error, said):
+    assert percent(error) == said
+
+
+@given(st.floats(1e-9, 9.0))
+def test_the_error_that_is_told_is_within_one_in_twenty(error):
+    assert float(percent(error).rstrip("%")) / 100 == pytest.approx(error, rel=0.051)
+
+
+def test_the_text_tells_small_errors_and_counts_one_as_one():
+    profile = replace(made(), checks=(Check(1, 0.0001, 0.00034),), refined=(Plan((0, 11), 0.0001, 0.00021),))
+    text = described("p", profile, {6: Plan((0, 2, 4, 6, 8, 11), 0.0001)})
+    assert "measured with 1 computed step: error 0.034% of the latent" in text and "bettered by trials: 2 computed steps, error 0.021%" in text
+    assert "2x: 6 computed steps, 0, 2, 4, 6, 8, 11, expected error 0.034% of the latent" in text
+
+
+def test_an_error_that_no_check_tells_is_left_out_of_the_text():
+    profile = replace(made(), checks=(Check(6, 0.0, 0.01),))
+    assert "nan" not in described("p", profile, {6: Plan((0, 2, 4, 6, 8, 11), 0.01)})

@@ -51,7 +51,9 @@ def test_teacache_takes_the_polynomial_of_the_family_and_knows_when_there_is_non
         value = abs(np.poly1d(COEFFICIENTS.sets[name]["coefficients"])(drift))
         now = view(family=family, signal=Signal(changes=(drift,)))
         assert TeaCache(value * 1.01).skip(now) and not TeaCache(value * 0.99).skip(now) and TeaCache().refuses(family, 20, "euler") == ""
-    assert "nothing was published for family aura" in TeaCache().refuses("aura", 20, "euler")
+    assert TeaCache().refuses("aura", 20, "euler") == (
+        "models of family aura have no published coefficients (name the coefficients of another model, or choose another policy)")
+    assert MagCache().refuses("", 20, "euler").startswith("models of no known family have no published curve (name the curve of another model")
     assert "wan2.1_t2v_14B_ret_mode" in TeaCache().refuses("wan", 20, "euler"), "which of them cannot be told from the family"
     assert TeaCache(coefficients="wan2.1_t2v_14B").refuses("wan", 20, "euler") == ""
 

@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from ...knob import knob
+from ...knob import knob, shown
 from ..signal import FIRST_BLOCK, signal_of
 from .base import Unfit
 from .of_blocks import OfBlocks
@@ -55,7 +55,8 @@ class BlockRanges(OfBlocks):
 
     def resolve(self, policy):
         if signal_of(policy) == FIRST_BLOCK and ranges_of(self.ranges)[0][0] == 0:
-            raise ValueError(f"policy '{policy.name}' must see the first blocks run, and ranges '{self.ranges}' begins with block 0; begin at 1 or later")
+            ranges = shown(self.ranges)
+            raise ValueError(f"policy '{policy.name}' must see the first blocks run, and ranges '{ranges}' begins with block 0; begin at 1 or later")
         return self
 
     @property
@@ -66,7 +67,7 @@ class BlockRanges(OfBlocks):
         total, family = len(blocks.every), blocks.family.name
         found = tuple((first, total if last is None else last + 1) for first, last in ranges_of(self.ranges))
         if found[-1][0] >= total or found[-1][1] > total:
-            raise Unfit(f"ranges '{self.ranges}' names a block behind the last, and {family} has {total} here, 0 to {total - 1}")
+            raise Unfit(f"ranges '{shown(self.ranges)}' names a block behind the last, and {family} has {total} here, 0 to {total - 1}")
         if (found[0][1] < total) and not blocks.go_on:
             raise Unfit(f"{family} cannot run blocks after a skipped range")
         return found

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ...knob import knob
+from ...knob import knob, shown
 from ..profiles import Facts, Plan, Profile, no_name
 
 FASTEST = 50.0
@@ -78,7 +78,8 @@ class FromProfile:
         if kind == "speed-up":
             wanted = max(math.floor(steps / value + 0.5), 1)
             if wanted < fewest:
-                return plans[fewest], f"{self.target} is {wanted} of {steps} steps, and no fewer than {fewest} can be computed with so many skips in a row"
+                note = f"{shown(self.target)} is {wanted} of {steps} steps, and no fewer than {fewest} can be computed with so many skips in a row"
+                return plans[fewest], note
             return plans[wanted], ""
         if not profile.checks:
             raise ValueError(f"profile '{self.profile}' has no check runs, so a tolerance means nothing; calibrate again, or give a speed-up")

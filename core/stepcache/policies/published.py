@@ -33,8 +33,9 @@ class Published:
         if self.pick(choice, family) is not None:
             return ""
         if own := self.of(family):
-            return f"models of family {family} have constants of their own and cannot be told apart; choose {self.knob}, one of {', '.join(own)}"
-        return f"nothing was published for family {family or 'unknown'}; choose {self.knob} of another model, or another policy"
+            return f"models of family {family} have {self.knob} of their own and cannot be told apart (set {self.knob} to one of {', '.join(own)})"
+        models = f"models of family {family}" if family else "models of no known family"
+        return f"{models} have no published {self.knob} (name the {self.knob} of another model, or choose another policy)"
 
     def of(self, family: str) -> dict[str, dict]:
         return {name: entry for name, entry in self.sets.items() if entry["family"] == family}

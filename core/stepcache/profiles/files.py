@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ...knob import shown
 from .facts import Facts
 from .plan import Plan
 from .profile import Check, Polynomial, Profile
@@ -38,8 +39,21 @@ def no_name(name: str) -> str:
 
 def path_of(folder: Path, name: str) -> Path:
     if fault := no_name(name):
-        raise ValueError(f"profile name {str(name)[:100]!r} is refused; {fault}")
+        raise ValueError(f"profile name {shown(name)!r} is refused; {fault}")
     return folder / f"{name}.json"
+
+
+def stamp(folder: Path, name: str) -> str:
+    """Size and time of change of both files; another text as soon as one of them is another, is gone or is there. They are not opened."""
+    return "" if no_name(name) else " ".join(stamp_of(folder / f"{name}{suffix}") for suffix in (".json", ".safetensors"))
+
+
+def stamp_of(path: Path) -> str:
+    try:
+        found = path.stat()
+    except OSError:     # the error is told when the profile is read
+        return "-"
+    return f"{found.st_size}:{found.st_mtime_ns}"
 
 
 def write(folder: Path, name: str, profile: Profile) -> Path:
@@ -67,16 +81,23 @@ def replace(path: Path, content: bytes) -> None:
 def read(folder: Path, name: str) -> Profile:
     path = path_of(folder, name)
     if not path.is_file():
-        known = sorted(p.stem for p in folder.glob("*.json"))[:12] if folder.is_dir() else []
-        raise ValueError(f"there is no profile '{name}'; {'known: ' + ', '.join(known) if known else 'make one with Step Cache Calibrate'}")
+        known = ", ".join(names(folder)[:12])
+        raise ValueError(f"there is no profile '{name}'; {f'known: {known}' if known else 'make one with Step Cache Calibrate'}")
     try:
         return checked(name, bounded(path, MOST_JSON), bounded(path.with_name(f"{name}.safetensors"), MOST_TENSORS))
     except OSError as error:
         raise ValueError(f"profile '{name}' cannot be read ({error.strerror}); calibrate again") from error
 
 
+def names(folder: Path) -> list[str]:
+    """Those of the profiles that are there; a folder or a pipe is none."""
+    return sorted(path.stem for path in folder.glob("*.json") if path.is_file() and not no_name(path.stem)) if folder.is_dir() else []
+
+
 def bounded(path: Path, most: int) -> bytes:
     """The content of a file that is no larger than it should be."""
+    if path.exists() and not path.is_file():    # to open a pipe is to wait for whoever writes into it
+        raise ValueError(f"{path.name} is no file; remove it and calibrate again")
     with path.open("rb") as file:
         content = file.read(most + 1)
     if len(content) > most:

@@ -1,4 +1,5 @@
 """A profile in words, for the user and for those who want its constants elsewhere."""
+import math
 from collections.abc import Mapping, Sequence
 
 from .facts import sized
@@ -15,13 +16,24 @@ def described(name: str, profile: Profile, plans: Mapping[int, Plan], remarks: S
     for speed_up in SPEED_UPS:
         plan = plans.get(round(facts.steps / speed_up))
         if plan is not None:
-            told = f", expected error {profile.expected(plan):.1%} of the latent" if profile.checks else ""
-            lines.append(f"{speed_up:g}x: {len(plan.computed)} computed steps, {', '.join(str(n) for n in plan.computed)}{told}")
-    lines += [f"measured with {check.computed} computed steps: error {check.measured:.1%} of the latent, in the median" for check in profile.checks]
-    lines += [f"bettered by trials: {len(plan.computed)} computed steps, error {plan.measured:.1%}" for plan in profile.refined]
+            expected = profile.expected(plan)       # not a number where no check tells it
+            told = f", expected error {percent(expected)} of the latent" if math.isfinite(expected) else ""
+            lines.append(f"{speed_up:g}x: {steps(len(plan.computed))}, {', '.join(str(n) for n in plan.computed)}{told}")
+    lines += [f"measured with {steps(check.computed)}: error {percent(check.measured)} of the latent, in the median" for check in profile.checks]
+    lines += [f"bettered by trials: {steps(len(plan.computed))}, error {percent(plan.measured)}" for plan in profile.refined]
     if profile.teacache is not None:
         told = ", ".join(f"{value:.8g}" for value in profile.teacache.coefficients)
         lines.append(f"TeaCache coefficients, fitted on the {profile.teacache.signal}, off by {profile.teacache.error:.2g} in the mean: [{told}]")
     for condition, curve in zip(("positive", "negative"), profile.magcache, strict=False):
         lines.append(f"MagCache curve, {condition} condition: [{', '.join(f'{ratio:.5f}' for ratio in curve)}]")
     return "\n".join([*lines, *(f"note: {remark}" for remark in remarks)])
+
+
+def steps(count: int) -> str:
+    return f"{count} computed step{'s' * (count != 1)}"
+
+
+def percent(error: float) -> str:
+    """With two digits that count, however small: tolerances below 0.001 are chosen by them too."""
+    share = float(f"{100 * error:.1e}")
+    return f"{share:.{max(1 - math.floor(math.log10(share)), 0)}f}%" if share else "0%"

@@ -1,0 +1,11 @@
+"""Numbers that the host does not look at: in its checks a NaN is neither too small nor too large, and a script has no checks at all."""
+from ._api import io
+
+
+def check_numbers(node: type[io.ComfyNode], **sent: float) -> None:
+    """Raise for a number that does not lie in the range of the input of its name."""
+    inputs = {entry.id: entry for entry in node.define_schema().inputs}
+    for name, value in sent.items():
+        low, high = inputs[name].min, inputs[name].max
+        if not low <= value <= high:
+            raise ValueError(f"{name} is {value}; it must lie between {low} and {high}")
