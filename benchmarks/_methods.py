@@ -93,9 +93,11 @@ RANGES = {"flux": "3-5, 6-8", "nextdit": "0", "wan": "0, 2"}
 AT_LEVELS = (
     *(("temporal delta", Series((*over("threshold", 0.1, max_skips=2), *over("threshold", 0.3, max_skips=4)),
                                 level=entry("block ranges", ranges=ranges), family=family)) for family, ranges in RANGES.items()),
-    ("TeaCache", Series(over("threshold", 0.2, 0.4, 0.8, 1.6, coefficients="lumina_2"), (HOLD, LINE), family="nextdit")),
     ("interval", Series(over("interval", 3, 5, warm_up=3), level=entry("front or rear range", border=0.5, share=0.75))),
 )
+
+# constants that were published for another model of the family
+BORROWED = (("TeaCache", Series(over("threshold", 0.2, 0.4, 0.8, 1.6, coefficients="lumina_2"), (HOLD, LINE), family="nextdit")),)
 
 
 @cache
@@ -230,7 +232,7 @@ def policies(steps: int, quick: bool) -> Iterator[Own]:
             yield policy(name, {}, None, Series(({},), max_skips=4), steps)
             continue
         yield from in_series(name, series, steps, quick)
-    for name, series in AT_LEVELS:
+    for name, series in (*AT_LEVELS, *BORROWED):
         yield from in_series(name, series, steps, quick)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .families import Family
 from .knob import settings as knob_settings
+from .knob import shown
 from .report import Report
 from .step import Clock, Step
 from .stepcache.cache import StepCache
@@ -56,7 +57,7 @@ class Settings:
     def __post_init__(self):
         for name, known in (("storage", STORAGE), ("device", DEVICES)):
             if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} '{getattr(self, name)}'; known: {', '.join(known)}")
+                raise ValueError(f"unknown {name} '{shown(getattr(self, name))}'; known: {', '.join(known)}")
         for name, least in (("warm_up", 1), ("last_steps", 1), ("budget_mib", 0), ("max_consecutive_skips", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")

@@ -56,8 +56,9 @@ def most_skips(steps: int) -> int:
 def stand_down(sigmas: Sequence[float], wrapper_keys: set[str], option_keys: set[str], model: str = "", sampler: str = "", few_steps: bool = False) -> str:
     """Why the step cache must not act on this run; empty when it may. `model` is the diffusion model's class, `few_steps` lets short runs pass."""
     steps = len(sigmas) - 1
-    if not all(map(math.isfinite, sigmas)):
-        return "the schedule has a sigma that is not a number"
+    strange = next((n for n, sigma in enumerate(sigmas) if not math.isfinite(sigma)), None)
+    if strange is not None:
+        return f"sigma {strange} is {sigmas[strange]}, so where the run is cannot be told; look at the node that makes the sigmas"
     if sampler in STATEFUL_SAMPLERS:
         return f"sampler {sampler} {STATEFUL_SAMPLERS[sampler]}, so none may be skipped"
     if steps < FEWEST_STEPS and not few_steps:

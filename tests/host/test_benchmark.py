@@ -62,8 +62,8 @@ def test_a_mask_has_its_count_its_first_and_its_last_step(steps, warm_up):
         assert max(gaps) - min(gaps) <= 1
 
 
-@pytest.mark.parametrize("name", [name for name in POLICIES if name != "error control"])
-def test_every_policy_is_measured(name):
+@pytest.mark.parametrize("name", [name for name in POLICIES if name not in ("error control", "profile")])
+def test_every_policy_is_measured_that_needs_no_profile_of_the_model(name):
     assert by_name(name)
 
 
@@ -72,7 +72,7 @@ def test_settings_of_the_benchmark_are_knobs_of_their_policies(name):
     known = {field.name for field in knobs(POLICIES[name])}
     if name in _methods.SETTINGS:
         series = _methods.SETTINGS[name]
-        assert len(series.strengths) >= 3 and all(known.issuperset(strength) for strength in series.strengths)
+        assert (len(series.strengths) >= 3 or not known) and all(known.issuperset(strength) for strength in series.strengths)
         assert not series.level.knobs and series.level.name in LEVELS     # with knobs it is told in another way, and finished rows are not found
 
 

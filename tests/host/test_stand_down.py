@@ -1,10 +1,12 @@
 """When the step cache must not act, sampling runs as without it, and it says why."""
+import math
+
 import comfy.k_diffusion.sampling
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
-from harness import CONCRETE, OF_BLOCKS, QUICK, Never, attached, decisions, model, network, plain, run, sample
+from harness import CONCRETE, OF_BLOCKS, QUICK, Never, attached, decisions, model, network, plain, run, sample, schedule
 
 from pack.core.stepcache.governor import SKIPPER_MODELS, SKIPPER_OPTIONS, SKIPPER_WRAPPERS, stand_down
 from testbed import tiny
@@ -106,3 +108,14 @@ def test_a_model_that_was_off_can_be_on_in_its_next_run():
     latent = sample(patched, "flux")
     assert [report.state for report in reports] == ["off", "ran"]
     assert not torch.equal(latent, plain("flux"))
+
+
+@pytest.mark.parametrize("at", [0, 5, 11])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_schedule_with_a_number_that_is_none_is_sampled_as_without_the_node(at, value):
+    sigmas, reports = schedule("flux").clone(), []
+    sigmas[at] = value
+    without = sample(model("flux"), "flux", sigmas=sigmas)
+    latent = sample(attached(model("flux"), reports=reports), "flux", sigmas=sigmas)
+    assert torch.equal(latent.nan_to_num(7.0), without.nan_to_num(7.0))
+    assert reports[0].state == "off" and f"sigma {at} is {value}" in reports[0].reason

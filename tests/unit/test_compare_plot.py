@@ -46,13 +46,13 @@ def pixels(picture: Image.Image, colour: str) -> numpy.ndarray:
     return numpy.argwhere((numpy.asarray(picture) == wanted).all(-1)) - GAP
 
 
-HEAD = 28   # one line of title
+HEAD = 28   # one line of title, which a short reason keeps it to
 
 
 @pytest.mark.parametrize("count", [1, 9, 50, 200])
 def test_the_strip_has_a_full_cell_for_each_computed_evaluation(count):
     y = HEAD + 2    # near the top, where a cell that ran a tenth of its blocks is empty
-    drawn = {x for row, x in pixels(plot([("A", run(count, errors=False))]), COMPUTED) if row == y}
+    drawn = {x for row, x in pixels(plot([("A", run(count, errors=False, reason="short"))]), COMPUTED) if row == y}
     cells = {int((x + 0.5 - LEFT) / ((RIGHT - LEFT) / count)) for x in drawn}
     assert cells == set(range(0, count, 2))
 
@@ -67,7 +67,7 @@ def test_a_cell_is_filled_by_the_share_of_blocks_that_ran():
 
 def test_errors_stand_on_a_logarithmic_scale_that_two_reports_share():
     def measured(*errors):
-        return Report(each=[Evaluation(1.0, True, 1.0, None, error) for error in errors])
+        return Report(each=[Evaluation(1.0, True, 1.0, None, error) for error in errors], reason="short")
 
     def heights(reports):
         found = pixels(plot(reports), MEASURED)

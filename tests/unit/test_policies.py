@@ -217,7 +217,7 @@ def test_a_schedule_with_what_is_no_number_is_left_to_the_sampler(wrong):
     for at in (0, 7, 20):
         sigmas = falling(20)
         sigmas[at] = wrong
-        assert "not a number" in stand_down(sigmas, set(), set())
+        assert f"sigma {at} is {wrong}, so where the run is cannot be told" in stand_down(sigmas, set(), set())
 
 
 def test_reasons_to_stand_down():
