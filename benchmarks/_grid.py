@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import _methods
+from . import _methods, _profiles
 from ._pictures import VAE, psnr, sample_under
 from ._rows import identity
 from ._subjects import CHOOSE, PEERS, SAMPLERS, SCORE, SEEDS, SUBJECTS, Pictures
@@ -40,6 +40,7 @@ class Cell:
     set: str = SCORE
     prompts: int = 8
     alone: bool = False     # one picture at a time
+    profiled: bool = False  # by way of a profile
 
     @property
     def name(self) -> str:
@@ -65,6 +66,12 @@ def alone_cells(models: list[str], patterns: list[str] | None = None) -> list[Ce
 def peer_cells() -> list[Cell]:
     """The pictures on which other step caches were measured, at cfg 1."""
     return [Cell("flux", "euler", steps, 1.0, PEERS, alone=alone) for steps in (28, 50) for alone in (False, True)]
+
+
+def profile_cells(models: list[str], patterns: list[str] | None = None) -> list[Cell]:
+    grid = [Cell(model, sampler, steps, cfg, profiled=True) for steps in STEPS[:2] for model in models if SUBJECTS[model].decodes
+            for sampler in SAMPLERS for cfg in CFGS]
+    return [cell for cell in grid if cell.matches(patterns)]
 
 
 def quick_cells(models: list[str]) -> list[Cell]:
@@ -224,6 +231,8 @@ def similarity(latents: Tensor, references: Tensor) -> float | None:
 
 def planned(cell: Cell, quick: bool) -> list:
     """The methods of a cell; of those that sample one picture at a time, error control alone. A policy that can skip nothing here is left out."""
+    if cell.profiled:
+        return _profiles.methods(cell)
     if cell.set == PEERS:
         return _methods.far_ladder(cell.steps)
     if cell.alone:

@@ -6,6 +6,7 @@
         --quick                                  a small part in less than 3 minutes -> results/quick/
     python3 dev.py bench step-cache --verdict    what the rows that are there say of the promises
     python3 dev.py bench step-cache --peers      error control on the pictures of the peers' table -> results/peers.json
+    python3 dev.py bench step-cache --profiles   error control against calibrated profiles -> results/profiles.json
     python3 dev.py bench step-cache --engine     what the engine itself costs, CPU -> results/engine.json
     python3 dev.py bench step-cache --gpu        the same at the size of FLUX.1-dev, random weights, CUDA -> results/engine-gpu.json
 
@@ -30,7 +31,7 @@ from testbed import inprocess
 
 ON_A_GPU = {"--gpu", "--first", "--presets", "--wall"}    # all else is measured on the CPU, wherever it runs
 inprocess.start(cpu=not ON_A_GPU.intersection(sys.argv))
-from benchmarks import _campaign, _engine, _grid, _verdict, _workers  # noqa: I001 - the host must be on the path first
+from benchmarks import _campaign, _engine, _grid, _profiles, _verdict, _workers  # noqa: I001 - the host must be on the path first
 from benchmarks._pictures import SUBJECTS, psnr, sample
 from benchmarks._rows import Rows
 
@@ -120,13 +121,20 @@ def verdict(options) -> None:
     rows = Rows(RESULTS / "step-cache.json")
     if stale := _campaign.stale_rows(rows):
         print(f"{stale} of {len(rows)} rows were made by another core/, model or format")
-    print(*_verdict.verdict(rows), *_verdict.peers(Rows(RESULTS / "peers.json")), *_verdict.engine(written("engine.json")), sep="\n")
+    print(*_verdict.verdict(rows), *_profiles.verdict(Rows(RESULTS / "profiles.json"), rows),
+          *_verdict.peers(Rows(RESULTS / "peers.json")), *_verdict.engine(written("engine.json")), sep="\n")
 
 
 def peers(options) -> None:
     rows = Rows(RESULTS / "peers.json")
     _campaign.fill(rows, _grid.peer_cells(), options.threads)
     print(*_verdict.peers(rows), f"written to {rows.path}", sep="\n")
+
+
+def profiles(options) -> None:
+    rows = Rows(RESULTS / "profiles.json")
+    _campaign.fill(rows, _grid.profile_cells(options.models, options.cells), options.threads)
+    print(*_profiles.verdict(rows, Rows(RESULTS / "step-cache.json")), f"written to {rows.path}", sep="\n")
 
 
 def engine(options) -> None:
@@ -171,7 +179,7 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     for table in (first, presets, wall):
         which.add_argument(f"--{table.__name__}", dest="table", action="store_const", const=table)
-    for command in (verdict, peers, engine, gpu):
+    for command in (verdict, peers, profiles, engine, gpu):
         which.add_argument(f"--{command.__name__}", dest="command", action="store_const", const=command)
     which.add_argument("--worker", dest="command", action="store_const", const=worker, help=argparse.SUPPRESS)
     which.add_argument("--quick", action="store_true", help="a small part of the grid, less than 3 minutes")
@@ -182,7 +190,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.getLogger().setLevel(logging.ERROR)
     logging.getLogger("benchmarks").setLevel(logging.WARNING)
-    if options.command in (None, peers, worker):
+    if options.command in (None, peers, profiles, worker):
         torch.set_num_threads(1)
     if options.table:
         write(options.table.__name__, options.table())

@@ -1,11 +1,12 @@
 """The benchmark's rows are sane: what is exact is identical, what is counted was computed, and nothing is measured twice."""
 from dataclasses import asdict
 
+import folder_paths
 import pytest
 import torch
 
 import benchmarks._engine as engine_cost
-from benchmarks import _campaign, _grid, _methods, _verdict
+from benchmarks import _campaign, _grid, _methods, _profiles, _verdict
 from benchmarks._pictures import conditions
 from benchmarks._rows import Rows
 from pack.core.knob import knobs
@@ -246,3 +247,31 @@ def test_without_a_gpu_its_measurement_is_refused_in_one_sentence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no CUDA device"):
         engine_cost.on_gpu()
+
+
+# profiles --------------------------------------------------------------------------------------------------------------
+def test_a_profile_is_made_of_one_set_and_scored_at_its_count_on_the_other(monkeypatch):
+    monkeypatch.setattr(_profiles, "REFINE", 0)
+    before = folder_paths.get_user_directory()
+    try:
+        cell = _grid.Cell("flux", "euler", 20, 1.0, prompts=1, profiled=True)
+        methods = _grid.planned(cell, False)
+        assert [method.settings["computed"] for method in methods] == [6, 8, 10]
+        row = _grid.Bench(cell).row(methods[1])
+        assert row["evaluations"] == 8 and row["psnr_image_db"] > 30 and folder_paths.get_user_directory() != before
+    finally:
+        folder_paths.set_user_directory(before)
+
+
+def test_a_profile_is_compared_with_error_control_at_as_many_evaluations():
+    def rows(method: str, decibel: float, *counts, **settings):
+        return [{"model": "m", "sampler": "euler", "steps": 20, "cfg": 1.0, "set": which, "alone": False, "method": method, "evaluations": float(count),
+                 "settings": settings | {"n": count}, "psnr_image_db": decibel + count, "psnr_image_each": [decibel + count] * 4, "seeds": 2}
+                for count in counts for which in ("choose", "score")]
+
+    grid = rows("error control", 30.0, 8, 10)
+    for gain, kept in ((1.0, True), (-1.0, False)):
+        [finding] = _profiles.verdict([row for row in rows("profile", 30.0 + gain, 8, 10) if row["set"] == "score"], grid)
+        assert finding.kept is kept and f"{gain:+.2f} dB" in finding.numbers and len(finding.more) == 2
+    [finding] = _profiles.verdict([row for row in rows("profile", 30.0, 5) if row["set"] == "score"], grid)
+    assert finding.kept is None and _profiles.verdict([], grid)[0].kept is None
