@@ -14,7 +14,8 @@ logarithm over 16 pictures: at CFG 1 two skips early in the schedule are handed 
 at CFG 3.5 it is 3.5 and 0.65 times, one skip alone is handed on about twice as much early on, and all twice as much where
 computed steps do not look back, as those after the last step that may be skipped hardly can: there it is 1.2 and 0.9 times
 as much without. Of q from 0.5 to 4, schedules that were best by that q came nearest at 1 to 1.5, for both CFGs, on that
-model and on tiny_z_image_trained128. K is then such that pictures come out at 0.4 to 0.8 of a tolerance.
+model and on tiny_z_image_trained128. K is then such that pictures come out at 0.3 to 0.8 of a tolerance. In 50 steps the
+last skips, with a share of noise of 0.06 to 0.3 left, were handed on 0.4 to 0.8 times: it does not go on falling.
 """
 import math
 from collections.abc import Callable
@@ -33,7 +34,7 @@ BOUNDS = (0.2, 20.0)        # one odd group must not decide over the rest
 
 
 class ErrorBudget:
-    """One per run. Errors are relative L2 errors of the final latent, but for `raw`."""
+    """One per run. `share`, `owed` and `total` are relative L2 errors of the final latent."""
 
     def __init__(self, guidance: float = 1.0, looks_back: bool = False, solver: Callable | None = None, clock: Clock | None = None):
         """`solver` and `clock` tell how the sampler goes on; without them it is taken for Euler."""
