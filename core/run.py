@@ -19,7 +19,6 @@ from .stepcache.corrections import Correction, NoCorrection
 from .stepcache.each_range import EachRange
 from .stepcache.error_budget import ErrorBudget
 from .stepcache.governor import DETERMINISTIC, Governor, most_skips
-from .stepcache.handed_on import hands_on_as
 from .stepcache.levels import GuidedOutput, Level, Seam
 from .stepcache.look_back import LookBack, most_bytes
 from .stepcache.policies import Policy
@@ -117,8 +116,8 @@ class Run:
             candidates = [c for c in candidates if c.depth == 1] or [Hold()]
             self.report.add_reason("fp8 is too coarse to extrapolate from, so the last result stands in as it is")
         skips = longest if steady else min(longest, 1)
-        governor = Governor(start_sigma, end_sigma, skips, max(settings.warm_up, family.warm_up), settings.last_steps)
-        solver = SOLVERS.get(sampler) if getattr(self.level, "look_back", False) and plain else None
+        governor = Governor(start_sigma, end_sigma, skips, max(settings.warm_up, family.warm_up), settings.last_steps + self.clock.idle)
+        solver = SOLVERS.get(sampler) if getattr(self.level, "look_back", False) and plain and self.clock.falls else None
         policy = settings.policy
         if facts is not None:       # the run was asked for them by a policy that depends on it
             policy = policy.bound(read, facts, skips, self.may_skip(governor, min(c.history for c in candidates)), solver is not None)
@@ -131,7 +130,7 @@ class Run:
             self.report.add_reason("the cache budget leaves no room to look back")
         store = partial(Store, storage=settings.storage, budget=most and most - self.look_back_bytes,
                         away=page_locked if settings.device == "cpu" else None)
-        budget = ErrorBudget(guidance, look_back is not None, hands_on_as(sampler), self.clock)
+        budget = ErrorBudget(guidance, look_back is not None, sampler, self.clock)
         self.cache = StepCache(policy, candidates, governor, self.report, settings.correction.start(), look_back, budget, store,
                                EachRange(policy) if getattr(policy, "by_range", False) and getattr(self.level, "several", False) else None)
         if len(latents) > 1:

@@ -2,7 +2,9 @@
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import pairwise
 
+TINY = 0.005  # a share of noise with which a step has nothing left to do; kl_optimal ends with one such
 CLOSE = 1e-4  # two sigmas this near, relatively, are the same place
 
 
@@ -18,6 +20,7 @@ class Step:
     gap: float        # how far a derivative of 1 moves x in this step, if it is that of this evaluation; for a flow the sigma that it covers
     noise: float      # the share of noise in x, 0 to 1
     rises: bool = False   # sigma is above that of the evaluation before: a restart
+    turns: bool = False   # it will be at the next step
 
     @property
     def index(self) -> int:
@@ -34,6 +37,10 @@ class Step:
         return self.index >= self.steps - 1
 
 
+def share_of_noise(sigma: float, flow: bool) -> float:
+    return sigma if flow else sigma / (1 + sigma)
+
+
 class Clock:
     """Turns the sigma of an evaluation into a Step.
 
@@ -47,14 +54,18 @@ class Clock:
         self.sigmas, self.flow = [float(s) for s in sigmas], flow
         self.steps = len(self.sigmas) - 1
         self.evaluations, self.before = 0, None
+        begins = [share_of_noise(sigma, flow) for sigma in self.sigmas[:-1]]
+        self.idle = next((n for n, share in enumerate(reversed(begins)) if share > TINY), 0)      # steps at the end that do nothing
+        self.turns = [below for below, above in pairwise(self.sigmas) if above > below]
+        self.falls = all(above > below for above, below in pairwise(self.sigmas))
 
     def tick(self, sigma: float) -> Step:
         place = self.place(sigma)
         index = min(int(place + CLOSE), self.steps - 1)
         step = Step(
             evaluation=self.evaluations, place=place, steps=self.steps, sigma=sigma, log_snr=self.log_snr(sigma),
-            gap=self.way(self.sigmas[index], self.sigmas[index + 1]), noise=sigma if self.flow else sigma / (1 + sigma),
-            rises=self.before is not None and sigma > self.before * (1 + CLOSE),
+            gap=self.way(self.sigmas[index], self.sigmas[index + 1]), noise=share_of_noise(sigma, self.flow),
+            rises=self.before is not None and sigma > self.before * (1 + CLOSE), turns=any(self.close(sigma, turn) for turn in self.turns),
         )
         self.evaluations, self.before = self.evaluations + 1, sigma
         return step

@@ -72,7 +72,7 @@ class StepCache:
             self.each.begin(step)
         self.shares, self.seen, self.decision = [], set(), None
         self.error = self.streams.choose(tuple(self.computed), step)
-        self.expected = self.budget.share(step, self.error)
+        self.expected = self.budget.share(step, self.error, self.again(step))
         self.why = self.broken or self.restart or self.governor.must_compute(step, tuple(self.computed), self.skipped_in_a_row)
         self.restart = ""
         if self.why or self.watch.signal in (NOTHING, OUTPUT):
@@ -106,11 +106,11 @@ class StepCache:
         measured = None
         if skipped:
             self.skipped_in_a_row += 1
-            self.budget.skip(step, self.error, measurable=not self.again(step))
+            self.budget.skip(step, self.error, self.again(step))
         else:
             scale = self.attempt(self.streams.settle)
             self.budget.scale = self.budget.scale if scale is None else scale
-            measured = self.budget.share(step, self.streams.last)
+            measured = self.budget.share(step, self.streams.last, self.again(step))
             self.budget.settle(self.streams.missed)
             while self.again(step):
                 self.computed.pop()

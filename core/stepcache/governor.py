@@ -9,7 +9,7 @@ FEWEST_STEPS = 9
 MOST_SKIPS = 4, 1 / 6     # in a row: so many, or this share of the steps if that is more
 
 # The host's sampler functions, less their "sample_", that add no noise on the way and forgive an error. Any other
-# gets short skips and low orders, lms and the multistep CFG++ samplers among them, which build every error up.
+# gets short skips and low orders, the multistep CFG++ samplers among them, which build every error up.
 DETERMINISTIC = frozenset({
     "euler", "heun", "heunpp2", "exp_heun_2_x0", "dpm_2", "dpmpp_2m", "ipndm", "ipndm_v", "deis", "res_multistep", "gradient_estimation",
     "unipc", "unipc_bh2", "euler_cfg_pp", "ddim",
@@ -19,8 +19,9 @@ DETERMINISTIC = frozenset({
 # transformer_options. LazyCache leaves the key of EasyCache there, so wrappers are asked first.
 SKIPPER_WRAPPERS = {"lazycache": "LazyCache", "easycache": "EasyCache"}
 SKIPPER_OPTIONS = {"easycache": "EasyCache", "rel_l1_thresh": "TeaCache", "magcache_thresh": "MagCache"}
-# Samplers that count on every evaluation, by what for.
-STATEFUL_SAMPLERS = {"ar_video": "moves on in the keys and values that each evaluation of the model writes"}
+# Samplers that count on every evaluation, by why.
+STATEFUL_SAMPLERS = {"ar_video": "moves on in the keys and values that each evaluation of the model writes",
+                     "lms": "hands every error on many times over"}
 SKIPPER_MODELS = {"ComfyFluxWrapper": "nunchaku's loader, which has a step cache of its own (cache_threshold),"}
 
 
@@ -40,6 +41,8 @@ class Governor:
             return "warm-up"
         if step.index >= step.steps - self.last_steps:
             return "last step" if step.last else "last steps"
+        if step.turns:
+            return "sigma rises next"
         if not self.end_sigma <= step.sigma <= self.start_sigma:
             return "outside start and end"
         if skips >= self.max_skips:

@@ -19,6 +19,20 @@ MOST = 4.0
 LIKE_EULER = frozenset({"ddim", "euler_cfg_pp", "heun", "heunpp2", "exp_heun_2_x0", "dpm_2"})     # in what they make of one wrong D
 
 
+# What two samplers make of an error besides at CFG 3.5: there errors over tolerances had medians above 2 (unipc) and single ones of 6; at CFG 1 of 0.5.
+BESIDES = {"unipc": 3.0, "unipc_bh2": 3.0, "ipndm": 2.0, "ipndm_v": 2.0}
+
+
+def factors(sampler: str, clock: Clock, falls: float, guided: float = 0.0) -> tuple[float, ...]:
+    """What a sampler makes of one wrong D_n over what Euler's steps make of it, for every step. `guided` is 0 at CFG 1 and 1 at 3.5.
+
+    Multistep ones of which no more is known are taken for dpmpp_2m, and so is any other.
+    """
+    solver = SOLVERS.get(sampler) or (euler if sampler in LIKE_EULER else dpmpp_2m)
+    besides = BESIDES.get(sampler, 1.0) ** guided
+    return tuple(besides * factor for factor in against_euler(solver, clock, falls))
+
+
 def against_euler(solver: Callable, clock: Clock, falls: float) -> tuple[float, ...]:
     """W_n over that of Euler's steps, for every step; 1 at least, as what cancels cannot be relied on."""
     sigmas, own = clock.sigmas, Clock(clock.sigmas, clock.flow)
@@ -36,8 +50,3 @@ def against_euler(solver: Callable, clock: Clock, falls: float) -> tuple[float, 
         found[n] = min(max(weight / (share * kept_on[n]), 1.0), MOST)
         p, q = a * p + weight * kappa, e * p
     return tuple(found)
-
-
-def hands_on_as(sampler: str) -> Callable:
-    """The solver that hands errors on about as a sampler does. Multistep ones of which no more is known are taken for dpmpp_2m, and so is any other."""
-    return SOLVERS.get(sampler) or (euler if sampler in LIKE_EULER else dpmpp_2m)

@@ -11,9 +11,9 @@ from sampling_by_hand import Path, exploding, far, flow, polynomial, sampled
 from pack.core.report import Report
 from pack.core.step import Clock, Step
 from pack.core.stepcache.cache import StepCache
-from pack.core.stepcache.error_budget import BOUNDS, BY_GUIDANCE, EXPECTED_TOO_LOW, FALLS, HANDED_ON, LEAST, MOST_GUIDANCE, NOT_LOOKED_BACK, ErrorBudget
+from pack.core.stepcache.error_budget import BOUNDS, BY_GUIDANCE, EXPECTED_TOO_LOW, FALLS, HANDED_ON, LEAST, MOST_GUIDANCE, NOT_LOOKED_BACK, SECOND, ErrorBudget
 from pack.core.stepcache.governor import Governor
-from pack.core.stepcache.handed_on import against_euler, hands_on_as
+from pack.core.stepcache.handed_on import BESIDES, against_euler, factors
 from pack.core.stepcache.hindcast import Known
 from pack.core.stepcache.look_back import LookBack
 from pack.core.stepcache.policies.error_control import ErrorControl
@@ -100,7 +100,7 @@ def test_the_last_skip_of_a_sampler_of_several_steps_is_dearest():
     """Nothing takes back what it went too far."""
     factors = against_euler(SOLVERS["dpmpp_2m"], Clock(SIGMAS, True), 1.0)
     assert factors[-2] == max(factors) > 1.3 * factors[10]
-    plain, known = ErrorBudget(looks_back=True), ErrorBudget(looks_back=True, solver=SOLVERS["dpmpp_2m"], clock=Clock(SIGMAS, True))
+    plain, known = ErrorBudget(looks_back=True), ErrorBudget(looks_back=True, sampler="dpmpp_2m", clock=Clock(SIGMAS, True))
     assert [known.gain(step) / plain.gain(step) for step in STEPS] == pytest.approx(factors)
 
 
@@ -111,8 +111,12 @@ def test_a_schedule_that_no_solver_is_made_for_counts_as_eulers(sigmas):
 
 
 def test_a_sampler_that_nobody_knows_is_taken_for_the_one_that_hands_more_on():
-    assert hands_on_as("euler") is hands_on_as("heun") is SOLVERS["euler"]
-    assert hands_on_as("unipc") is hands_on_as("of tomorrow") is SOLVERS["dpmpp_2m"]
+    clock = Clock(SIGMAS, True)
+    assert factors("euler", clock, 1.0) == factors("heun", clock, 1.0) == against_euler(SOLVERS["euler"], clock, 1.0)
+    assert factors("deis", clock, 1.0) == factors("of tomorrow", clock, 1.0) == against_euler(SOLVERS["dpmpp_2m"], clock, 1.0)
+    for sampler, times in BESIDES.items():
+        assert factors(sampler, clock, 1.0) == factors("dpmpp_2m", clock, 1.0)
+        assert factors(sampler, clock, 1.0, 1.0) == pytest.approx([times * factor for factor in factors("dpmpp_2m", clock, 1.0)]) and times > 1
 
 
 def test_guidance_counts_from_one_to_the_most_that_was_measured():
@@ -235,15 +239,15 @@ def test_a_skip_that_nothing_can_measure_counts_as_it_was_expected_beside_what_w
     """Heun's second evaluation at a sigma: a later step that closes a bracket says nothing of it."""
     made, other = budget(), budget()
     made.skip(STEPS[5], 0.1)
-    made.skip(STEPS[6], 0.2, measurable=False)
+    made.skip(STEPS[6], 0.2, second=True)
     other.skip(STEPS[5], 0.1)
-    assert made.owed == pytest.approx(made.share(STEPS[5], 0.1) + made.share(STEPS[6], 0.2))
-    beside = made.share(STEPS[6], 0.2)
+    beside = made.share(STEPS[6], 0.2, second=True)
+    assert made.owed == pytest.approx(made.share(STEPS[5], 0.1) + beside) and beside == pytest.approx(SECOND * made.share(STEPS[6], 0.2))
     for one in (made, other):
         one.settle(STEPS[5].gap * 0.1)
     assert made.total == pytest.approx(other.total + beside) and made.ratio == other.ratio
     alone = budget()
-    alone.skip(STEPS[6], 0.2, measurable=False)
+    alone.skip(STEPS[6], 0.2, second=True)
     alone.settle(0.0)
     assert alone.total == pytest.approx(beside) and alone.ratio == EXPECTED_TOO_LOW
 

@@ -14,7 +14,7 @@ from pack.core.step import Clock
 from pack.core.stepcache.hindcast import dot_products
 from pack.core.stepcache.levels import LEVELS
 from pack.core.stepcache.policies import POLICIES
-from pack.core.stepcache.predictors import PREDICTORS
+from pack.core.stepcache.predictors import PREDICTORS, base
 from pack.core.stepcache.predictors.adams_bashforth import AdamsBashforth
 from pack.core.stepcache.predictors.base import weighed
 from pack.core.stepcache.predictors.chebyshev import ChebyshevRidge, chebyshev
@@ -340,3 +340,14 @@ def test_dot_products_are_those_of_the_snapshots():
     past = snapshots(STEPS[:3], random_path(5))
     values = torch.stack([s.value.double() for s in past])
     assert torch.allclose(torch.tensor(dot_products(past), dtype=torch.float64), values @ values.T)
+
+
+def test_the_distance_of_two_places_adds_up_and_with_little_noise_left_it_is_even():
+    clock = Clock([1 - n / 100 for n in range(101)], flow=True)
+    steps = [clock.tick(1 - n / 100) for n in range(100)]
+    for a, b, c in ((3, 40, 90), (70, 80, 99), (0, 74, 76)):
+        there = base.distance([steps[a]], steps[b]) + base.distance([steps[b]], steps[c])
+        assert base.distance([steps[a]], steps[c]) == pytest.approx(there) and base.distance([steps[a]], steps[a]) == 0
+    assert base.distance([steps[0]], steps[10]) == pytest.approx(1 - 0.9 ** 2)
+    late = [base.distance([steps[n]], steps[n + 1]) for n in range(75, 99)]
+    assert late == pytest.approx([2 * base.EVEN / 100] * len(late))

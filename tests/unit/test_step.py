@@ -126,3 +126,20 @@ def test_log_snr_of_the_variance_exploding_form_is_minus_the_log_of_sigma(sigma)
 def test_the_last_step_is_known_where_the_last_sigma_repeats():
     clock = Clock([1.0, 0.5, 0.25, 0.0625, 0.0625, 0.0625, 0.0], flow=True)
     assert [clock.tick(sigma).last for sigma in (1.0, 0.5, 0.25, 0.0625)] == [False, False, False, True]
+
+
+def test_steps_at_the_end_that_do_nothing_are_told():
+    """kl_optimal ends a hair above 0, so its last step but one is the last that makes a picture."""
+    assert [Clock(sigmas, True).idle for sigmas in ([1.0, 0.5, 0.0], [1.0, 0.5, 4e-5, 0.0], [1.0, 0.5, 1e-3, 1e-5, 0.0], [1e-3, 1e-4, 0.0])] == [0, 1, 2, 0]
+    assert Clock([14.0, 0.03, 0.0], False).idle == 0 and Clock([700.0, 1.0, 0.002, 0.0], False).idle == 1
+
+
+def test_whether_a_schedule_falls_from_each_sigma_to_the_next():
+    assert Clock([1.0, 0.5, 0.0], True).falls and not any(Clock(sigmas, True).falls for sigmas in ([1.0, 0.5, 0.5, 0.0], [1.0, 0.5, 0.8, 0.0]))
+
+
+def test_the_last_step_before_sigma_rises_is_told():
+    clock = Clock([1.0, 0.6, 0.2, 0.7, 0.3, 0.0], True)
+    steps = [clock.tick(sigma) for sigma in clock.sigmas[:-1]]
+    assert [step.turns for step in steps] == [False, False, True, False, False] and [step.rises for step in steps] == [False, False, False, True, False]
+    assert not any(Clock([1.0, 0.5, 0.5, 0.0], True).tick(sigma).turns for sigma in (1.0, 0.5))

@@ -45,9 +45,16 @@ def ahead(past: Sequence[Step], at: Step) -> float:
     return abs(at.place - past[-1].place)
 
 
+EVEN = 0.25     # the share of noise below which a model changes what it says at an even pace
+
+
 def distance(past: Sequence[Step], at: Step) -> float:
-    """How far it is from the newest snapshot to `at` for what a model says: |t_0^2 - t^2|, t the share of noise in x."""
-    return abs(past[-1].noise ** 2 - at.noise ** 2)
+    """How far it is from the newest snapshot to `at` for what a model says: the integral of 2 max(t, EVEN) dt, t the share of noise in x."""
+    return abs(travelled(past[-1].noise) - travelled(at.noise))
+
+
+def travelled(noise: float) -> float:
+    return noise ** 2 if noise > EVEN else EVEN * (2 * noise - EVEN)
 
 
 def distinct(positions: Sequence[float]) -> bool:
