@@ -34,6 +34,9 @@ def on_a_server(module: str, parser: ArgumentParser, arguments: list[str]) -> in
     parser.add_argument("--workflows", type=Path, default=ROOT / "workflows", metavar="DIR", help="folder of the workflows")
     options = vars(parser.parse_args(arguments))
     out, workflows = options.pop("out").resolve(), options.pop("workflows").resolve()
+    only = options.get("only") or ""
+    if not any(only.lower() in file.stem.lower() for file in workflows.glob("*.json")):
+        raise Failure(f"no workflow in {workflows}" + (f" has '{only}' in its name" if only else ""))
     more = [str(part) for name, value in options.items() if value not in (None, False) for part in ([f"--{name}"] if value is True else [f"--{name}", value])]
     env = environment()
     with serving(env) as server:

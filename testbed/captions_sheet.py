@@ -32,11 +32,12 @@ def main():
     options.add_argument("--shuffle", type=int, default=0, metavar="SEED", help="order of a blind sheet")
     chosen = options.parse_args()
     try:
+        chosen.out.parent.mkdir(parents=True, exist_ok=True)    # before minutes go by
         pictures = drawn(Server(chosen.server), chosen.workflows)
         key = {str(number): place for number, place in enumerate(places(pictures, chosen.shuffle if chosen.blind else None), 1)}
         tiles = [captioned(pictures[model][caption], number if chosen.blind else caption) for number, (model, caption) in key.items()]
-        chosen.out.parent.mkdir(parents=True, exist_ok=True)
-        framed(column([row(tiles[start:start + COLUMNS]) for start in range(0, len(tiles), COLUMNS)])).save(chosen.out)
+        each = [column([row(tiles[at:at + COLUMNS]) for at in range(start, start + len(DEMO), COLUMNS)]) for start in range(0, len(tiles), len(DEMO))]
+        framed(column(each if chosen.blind else [captioned(part, model) for part, model in zip(each, pictures, strict=True)])).save(chosen.out)
         if chosen.blind:
             chosen.out.with_suffix(".json").write_text(json.dumps(key, indent=2) + "\n", encoding="utf-8")
     except (ServerError, WorkflowError, OSError) as error:

@@ -23,7 +23,7 @@ import math
 from ..step import Clock, Step
 from .handed_on import factors
 
-HANDED_ON, FALLS = 1.6, 1.0             # K and q at CFG 1 with look back
+HANDED_ON, FALLS = 1.4, 1.0             # K and q at CFG 1 with look back
 BY_GUIDANCE = (0.4, 0.1)                # what a CFG higher by 1 adds to them
 MOST_GUIDANCE = 3.5                     # nothing was measured above
 NOT_LOOKED_BACK = 2.0                   # times all of it

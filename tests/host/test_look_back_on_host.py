@@ -13,7 +13,7 @@ from pack.core.stepcache.solvers import SOLVERS
 from testbed import tiny
 
 NAMES = ["flux", "z_image"]
-WITHOUT = ["heun", "euler_ancestral", "dpm_2", "lms", "res_multistep", "deis", "uni_pc", "dpmpp_2m_sde", "dpmpp_3m_sde", "lcm", "ipndm"]
+WITHOUT = ["heun", "euler_ancestral", "dpm_2", "res_multistep", "deis", "uni_pc", "dpmpp_2m_sde", "dpmpp_3m_sde", "lcm", "ipndm"]
 
 
 def cached(look_back: bool, interval: int = 3, **more) -> dict:

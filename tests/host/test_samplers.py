@@ -4,10 +4,10 @@ import math
 import comfy.samplers
 import pytest
 import torch
-from harness import CONCRETE, ONE_PHASE, QUICK, STEPS, At, assert_moves, decisions, model, plain, relative, run, sample
+from harness import CONCRETE, ONE_PHASE, QUICK, STEPS, At, assert_moves, decisions, model, plain, relative, run, sample, schedule
 
 from pack.core.run import Settings
-from pack.core.stepcache.governor import DETERMINISTIC
+from pack.core.stepcache.governor import DETERMINISTIC, STATEFUL_SAMPLERS
 from pack.core.stepcache.levels import LEVELS
 from pack.core.stepcache.policies import POLICIES
 from pack.core.stepcache.predictors import PREDICTORS
@@ -42,7 +42,7 @@ def test_every_sampler_gets_a_picture_near_the_hosts(name, sampler, level):
 
 @pytest.mark.parametrize("sampler", comfy.samplers.SAMPLER_NAMES)
 def test_every_sampler_of_the_host_is_served_and_those_that_are_not_known_as_steady_skip_once_at_most(sampler):
-    if sampler == "ar_video":
+    if sampler in STATEFUL_SAMPLERS:
         pytest.skip("is left alone")
     cached = {"policy": EVERYTHING, "predictor": "automatic"}
     latent, report = run(model("flux"), "flux", sampler=sampler, cfg=1.5, cached=cached)
@@ -132,3 +132,22 @@ def test_a_sampler_that_reads_the_unguided_output_is_served_below_guidance(sampl
     assert report.level == "model output" and "looks into guidance" in report.reason and not all(decisions(report))
     replayed, _ = run(model("flux"), "flux", sampler=sampler, cfg=1.5, cached={"level": "model output", "policy_knobs": {"interval": 2}})
     assert torch.equal(latent, replayed)
+
+
+@pytest.mark.parametrize("sampler", [name for name in STATEFUL_SAMPLERS if name != "ar_video"])     # which needs a model of its own
+def test_a_sampler_with_which_none_may_be_skipped_runs_untouched_and_is_told(sampler):
+    latent, report = run(model("flux"), "flux", sampler=sampler, cfg=1.5, cached={"policy": EVERYTHING, "predictor": "automatic"})
+    assert torch.equal(latent, sample(model("flux"), "flux", sampler=sampler, cfg=1.5))
+    assert report.state == "off" and f"sampler {sampler} {STATEFUL_SAMPLERS[sampler]}" in report.reason
+
+
+@pytest.mark.parametrize("level", ["guided output", "model output", "block range"])
+@pytest.mark.parametrize("name", QUICK)
+def test_the_last_step_before_sigma_rises_is_computed_and_nothing_is_looked_back_on_in_such_a_run(name, level):
+    sigmas = torch.cat([schedule(name)[:8], schedule(name)[4:]])
+    latent, report = run(model(name), name, sigmas=sigmas, cached={"policy": EVERYTHING, "level": level, "max_consecutive_skips": 50})
+    assert decisions(report)[7] and report.each[7].why == "sigma rises next" and decisions(report)[8] and not all(decisions(report)[9:])
+    if level == "guided output":
+        without, _ = run(model(name), name, sigmas=sigmas, cached={"policy": EVERYTHING, "level": level, "max_consecutive_skips": 50,
+                                                                   "level_knobs": {"look_back": False}})
+        assert torch.equal(latent, without)

@@ -362,12 +362,21 @@ def test_a_program_is_called_on_the_server_with_what_it_was_asked_for(command, t
     monkeypatch.setattr(commands, "serving", serving)
     monkeypatch.setattr(commands, "run", lambda parts, **options: called.append([str(part) for part in parts]) or 0)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "A FLUX.json").write_text("{}")
     more = {"demo": ["--only", "flux", "--thumbnails"], "captions": ["--blind", "--shuffle", "3"]}[command]
     assert commands.main([command], "usage") == commands.main([command, "--out", "here", "--workflows", "there", *more], "usage") == 0
     plain, all_of_it = called
     assert plain[:5] == all_of_it[:5] == ["python", "-m", SERVED[command], "--server", "http://here"]
     assert plain[5] == "--out" and Path(plain[6]).is_absolute() and plain[7:] == ["--workflows", str(ROOT / "workflows")]
     assert all_of_it[5:] == ["--out", str(tmp_path / "here"), "--workflows", str(tmp_path / "there"), *more]
+
+
+@pytest.mark.parametrize(("command", "wrong"), [("demo", ["--only", "nothing_such"]), ("demo", ["--workflows", "nowhere"]), ("captions", ["--workflows", "nowhere"])])
+def test_that_there_is_no_such_workflow_is_told_before_anything_is_started(command, wrong, capsys, monkeypatch):
+    monkeypatch.setattr(commands, "interrupt_on_endings", lambda: None)
+    monkeypatch.setattr(commands, "environment", lambda: pytest.fail("it was started"))
+    assert commands.main([command, *wrong], "usage") and "no workflow in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", SERVED)
