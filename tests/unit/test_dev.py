@@ -372,7 +372,8 @@ def test_a_program_is_called_on_the_server_with_what_it_was_asked_for(command, t
     assert all_of_it[5:] == ["--out", str(tmp_path / "here"), "--workflows", str(tmp_path / "there"), *more]
 
 
-@pytest.mark.parametrize(("command", "wrong"), [("demo", ["--only", "nothing_such"]), ("demo", ["--workflows", "nowhere"]), ("captions", ["--workflows", "nowhere"])])
+@pytest.mark.parametrize(("command", "wrong"), [
+    ("demo", ["--only", "nothing_such"]), ("demo", ["--workflows", "nowhere"]), ("captions", ["--workflows", "nowhere"])])
 def test_that_there_is_no_such_workflow_is_told_before_anything_is_started(command, wrong, capsys, monkeypatch):
     monkeypatch.setattr(commands, "interrupt_on_endings", lambda: None)
     monkeypatch.setattr(commands, "environment", lambda: pytest.fail("it was started"))
