@@ -151,3 +151,11 @@ def test_the_last_step_before_sigma_rises_is_computed_and_nothing_is_looked_back
         without, _ = run(model(name), name, sigmas=sigmas, cached={"policy": EVERYTHING, "level": level, "max_consecutive_skips": 50,
                                                                    "level_knobs": {"look_back": False}})
         assert torch.equal(latent, without)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_last_step_with_nothing_left_to_do_does_not_stand_for_the_last_one(name):
+    """As kl_optimal's: the one before it makes the picture."""
+    sigmas = torch.cat([schedule(name)[:-1], torch.tensor([4e-5, 0.0])])
+    _, report = run(model(name), name, sigmas=sigmas, cached={"policy": EVERYTHING, "max_consecutive_skips": 50})
+    assert [e.why for e in report.each[-2:]] == ["last steps", "last step"] and decisions(report)[-2:] == [True, True] and not any(decisions(report)[2:-2])

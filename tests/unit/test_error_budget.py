@@ -16,6 +16,7 @@ from pack.core.stepcache.governor import Governor
 from pack.core.stepcache.handed_on import BESIDES, against_euler, factors
 from pack.core.stepcache.hindcast import Known
 from pack.core.stepcache.look_back import LookBack
+from pack.core.stepcache.policies import View
 from pack.core.stepcache.policies.error_control import ErrorControl
 from pack.core.stepcache.predictors.hold import Hold
 from pack.core.stepcache.solvers import SOLVERS
@@ -55,6 +56,23 @@ def test_more_guidance_and_not_looking_back_hand_more_of_an_error_on(one, other,
     assert ErrorBudget(high).handed_on >= ErrorBudget(low).handed_on and ErrorBudget(high).falls >= ErrorBudget(low).falls
     without, looking_back = (ErrorBudget(low, looks_back=looks_back).gain(STEPS[n]) for looks_back in (False, True))
     assert without == pytest.approx(looking_back * (1.0 if n >= 18 else NOT_LOOKED_BACK)), "after the last skip there is no time to make up for it"
+
+
+def test_where_the_last_step_has_nothing_left_to_do_the_one_before_it_has_no_time_to_make_up_for_anything():
+    sigmas = [*SIGMAS[:-1], 4e-5, 0.0]
+    made = ErrorBudget(looks_back=True, clock=Clock(sigmas, True))
+    gains = [made.gain(step) for step in steps_of(sigmas)]
+    plain = [ErrorBudget(looks_back=True).gain(step) for step in steps_of(SIGMAS)]
+    assert gains[17] == pytest.approx(plain[17]) and gains[18] == pytest.approx(plain[18]) and plain[18] > plain[17]
+
+
+@given(st.integers(3, 17), st.floats(0.001, 0.2))
+def test_evaluations_of_which_there_are_two_per_step_share_the_tolerance(n, tolerance):
+    policy = ErrorControl(tolerance)
+    once, twice = STEPS[n], replace(STEPS[n], evaluation=2 * n)
+    for predicted in (tolerance * math.sqrt(2 / 20) * factor for factor in (0.6, 0.8, 1.1)):
+        seen = [policy.skip(View(step, (STEPS[0],), predicted, 0.0)) for step in (once, twice)]
+        assert seen == [predicted <= tolerance * math.sqrt(2 / 20), predicted <= tolerance * math.sqrt(2 / 40)]
 
 
 def test_with_little_noise_left_an_error_stays_in_the_picture():
@@ -315,6 +333,34 @@ def test_the_report_tells_the_error_of_a_run_that_skipped_and_of_no_other():
     assert Bench(ErrorControl(tolerance=0.0), VALUES).run().estimated_error is None
     report = Bench(ErrorControl(tolerance=0.3), VALUES).run()
     assert 0 < report.estimated_error < 0.3 and "estimated error" in report.line()
+
+
+class Second:
+    """Skips what is evaluated for the second time at a sigma."""
+
+    name, needs_forward = "second", False
+
+    def skip(self, view):
+        return view.computed[-1].place == view.step.place
+
+
+def test_a_second_evaluation_that_was_skipped_is_not_measured_by_the_next_step():
+    bench = Bench(Second(), VALUES)
+    cache, beside = bench.cache, []
+    for sigma, value in zip(SIGMAS[:8], VALUES, strict=False):
+        for again in (False, True):
+            cache.begin(bench.clock.tick(sigma))
+            if cache.skips():
+                cache.predict(ROW)
+            else:
+                cache.learn(ROW, value)
+            assert cache.skips() == again
+            cache.ran(1, 0.0 if again else 1.0)
+            cache.weigh(torch.full((1, 4), 4.0 + 2.0 * sigma), torch.full((1, 4), 4.0))
+            cache.finish()
+        beside.append(cache.budget.beside)
+        assert not cache.streams.of("").stood_in and cache.budget.due == 0 and cache.streams.missed is None
+    assert all(beside[2:]) and cache.budget.spent > 0
 
 
 class Every:
