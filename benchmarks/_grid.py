@@ -82,8 +82,8 @@ def quick_cells(models: list[str]) -> list[Cell]:
 # what only these methods ask, the numbers of the others do not depend on: predictors that are set need no scores to choose by
 JUDGING = ("error_budget.py", "handed_on.py", "hindcast.py", "policies/error_control.py")
 CALIBRATING = ("calibrate.py", *(f"profiles/{path.name}" for path in (ROOT / "core" / "stepcache" / "profiles").glob("*.py")))
-ASKED_BY = {f"core/stepcache/{name}": (_methods.ERROR_CONTROL, "profile") for name in JUDGING}
-ASKED_BY |= {f"core/stepcache/{name}": ("profile",) for name in CALIBRATING}
+ASKED_BY = {f"core/stepcache/{name}": (_methods.ERROR_CONTROL, _methods.PROFILE) for name in JUDGING}
+ASKED_BY |= {f"core/stepcache/{name}": (_methods.PROFILE,) for name in CALIBRATING}
 WORDS = 4       # a string of so many is a sentence
 
 

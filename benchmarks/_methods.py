@@ -23,7 +23,7 @@ from pack.core.stepcache.predictors import PREDICTORS
 
 log = logging.getLogger("benchmarks")
 
-ERROR_CONTROL = "error control"
+ERROR_CONTROL, PROFILE = "error control", "profile"
 OUTSIDE = (0.15, 0.2, 0.7, 0.8)     # shares of the steps, besides all counts in RANGE
 TOLERANCES = tuple(float(f"{0.0025 * 2 ** (k / 4):.3g}") for k in range(33))    # to 0.64, four to the octave
 TOLERANCES_ALONE = tuple(sorted({*TOLERANCES[4::2], *TOLERANCE.values()}))      # where every picture takes its own decisions, and time
@@ -224,7 +224,7 @@ def in_series(name: str, series: Series, steps: int, quick: bool) -> Iterator[Ow
 
 def policies(steps: int, quick: bool) -> Iterator[Own]:
     for name in POLICIES:
-        if name in (ERROR_CONTROL, "profile"):      # a profile has to be made first
+        if name in (ERROR_CONTROL, PROFILE):      # a profile has to be made first
             continue
         series = SETTINGS.get(name)
         if series is None:

@@ -24,7 +24,6 @@ from pack.core.stepcache.policies.profile import FromProfile
 from pack.core.stepcache.predictors.automatic import Automatic as AutomaticPredictor
 from pack.nodes.step_cache_calibrate import with_schedule
 
-METHOD = "profile"
 SHARES = (0.3, 0.4, 0.5)        # of the steps
 REFINE = 12                     # trials for a better schedule
 
@@ -42,7 +41,7 @@ class Profiled(_methods.Own):
         self.cell, self.speed_up = cell, cell.steps / count
         self.profile = f"{cell.name.replace('/', '-')}-{count}"
         policy = FromProfile(self.profile, f"{self.speed_up:.6g}x")
-        super().__init__(METHOD, Settings(policy, AutomaticPredictor(), AutomaticLevel(), max_consecutive_skips=0),
+        super().__init__(_methods.PROFILE, Settings(policy, AutomaticPredictor(), AutomaticLevel(), max_consecutive_skips=0),
                          {"computed": count, "refine": REFINE}, count + 3 * REFINE)
 
     def applied(self, patcher, notify):

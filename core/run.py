@@ -80,6 +80,7 @@ class Settings:
             "budget_mib": self.budget_mib, "storage": self.storage, "device": self.device,
         }
 
+
 KINDS = {"transformer": "a transformer", "unet": "a UNet"}
 
 

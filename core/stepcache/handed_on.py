@@ -18,7 +18,6 @@ from .solvers import SOLVERS, dpmpp_2m, euler
 MOST = 4.0
 LIKE_EULER = frozenset({"ddim", "euler_cfg_pp", "heun", "heunpp2", "exp_heun_2_x0", "dpm_2"})     # in what they make of one wrong D
 
-
 # What two samplers make of an error besides at CFG 3.5: there errors over tolerances had medians above 2 (unipc) and single ones of 6; at CFG 1 of 0.5.
 BESIDES = {"unipc": 3.0, "unipc_bh2": 3.0, "ipndm": 2.0, "ipndm_v": 2.0}
 

@@ -11,9 +11,9 @@ CFG 1, hold's e from one step to the next rises from 0.036 to 0.20, and sigma e 
 reach is distance^k for a predictor through k snapshots, which is how its error grows on a smooth path; the distance is what
 the square of the share of noise differs by (predictors/base.py). By that, what the denoised latent changes by came out even
 within a third over that run, and within a factor of two from sigma 700 to 0.8 on a model of SVD's form, where it doubles from
-step to step. Whether a path is smooth over such a distance shows in how the predictor did there, against the one that needs the fewest snapshots (hold):
-no worse, and it is trusted to get better as its order says; ROUGH times as bad, and its error is taken to shrink with the
-distance and no faster. Guidance makes rough paths. Without this, on tiny_flux_trained128 at CFG 3.5 with two of three
+step to step. Whether a path is smooth over such a distance shows in how the predictor did there, against the one that needs
+the fewest snapshots (hold): no worse, and it is trusted to get better as its order says; ROUGH times as bad, and its error is
+taken to shrink with the distance and no faster. Guidance makes rough paths. Without this, on tiny_flux_trained128 at CFG 3.5 with two of three
 steps skipped, the highest order would always seem the best one, and the picture came out 4 to 10 dB farther off.
 """
 import math
