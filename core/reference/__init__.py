@@ -1,0 +1,1 @@
+"""References and conditions that no step changes: encoded once, injected on every step."""
