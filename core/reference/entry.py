@@ -6,7 +6,7 @@ An entry may stand in for another exactly when their keys are equal: a key has a
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,11 +51,16 @@ class Entry:
     ids: Tensor | None = None
     exactness: str = EXACT
     carrier: str = "kv"
-    facts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
         return next(iter(self.blocks.values()))[0].shape[2]
+
+    @property
+    def layout(self) -> object:
+        """The number of tokens, or {block: number} as a tuple where blocks differ."""
+        counts = tuple(sorted((name, k.shape[2]) for name, (k, _) in self.blocks.items()))
+        return counts[0][1] if len({count for _, count in counts}) == 1 else counts
 
     @property
     def bytes(self) -> int:

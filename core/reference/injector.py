@@ -7,6 +7,8 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 import comfy.model_management
 import comfy.model_patcher
@@ -84,12 +86,13 @@ class Run:
         self.made: list[Key] = []
         self.streamed = attachment.keeping.place == "streamed"
         self.sigmas: dict[tuple[float, float], tuple[float | None, float | None]] = {}
+        self.known: dict[tuple, str] = {}       # (recipe, what tells a row) -> the key's digest
 
     def close(self) -> Record:
         if not self.keeping.keep:
             for key in self.made:
                 self.bank.drop(key.digest)
-        self.lent, self.buffers = {}, Buffers()
+        self.lent, self.known, self.buffers = {}, {}, Buffers()
         return self.record
 
     def claim(self, conds: dict) -> list[Reference]:
@@ -126,24 +129,25 @@ class Run:
                                    None if shares[1] >= 1 else float(space.percent_to_sigma(shares[1])))
         return self.sigmas[shares]
 
-    def segments(self, handles: Handles, rows: list[Facts], sigma: float) -> list[Segment]:
+    def segments(self, handles: Handles, rows: list["CallRow"], sigma: float) -> list[Segment]:
         """The references of a call, in order, each with the entry of every row."""
         per_handle = len(rows) // len(handles.each)
         columns = zip(*(self.active(handle, sigma) for handle in handles.each), strict=True)     # of one layout, or the host had not batched them
-        return [Segment([self.entry(column[i // per_handle], facts) for i, facts in enumerate(rows)], column[0].weight) for column in columns]
+        return [Segment([self.entry(column[i // per_handle].recipe, row) for i, row in enumerate(rows)], column[0].weight) for column in columns]
 
-    def entry(self, reference: Reference, facts: Facts):
-        """Lent to this run: found in it, in the bank, or made now."""
-        key, ready = reference.recipe.key(facts), getattr(reference.recipe, "entry", None)
-        place = (key.digest, str(facts.device))
-        if place not in self.lent:
-            entry = ready or (self.bank.get(key) if key.lasting else None)
-            if entry is not None:
-                self.record.found.append(entry.source)
-                self.lent[place] = self.lend(entry, facts.device)
-            else:
-                self.lent[place] = self.make(reference.recipe, key, facts)
-        return self.lent[place]
+    def entry(self, recipe, row: "CallRow"):
+        """Lent to this run: found in it, in the bank, or made now. What a row's entry hangs on is looked at once in a run, not on every step."""
+        tag = (id(recipe), *row.tag)
+        if tag not in self.known:
+            facts = row.facts()
+            key, ready = recipe.key(facts), getattr(recipe, "entry", None)
+            if key.digest not in self.lent:
+                entry = ready or (self.bank.get(key) if key.lasting else None)
+                if entry is not None:
+                    self.record.found.append(entry.source)
+                self.lent[key.digest] = self.make(recipe, key, facts) if entry is None else self.lend(entry, facts.device)
+            self.known[tag] = key.digest
+        return self.lent[self.known[tag]]
 
     def lend(self, entry: Entry, device: torch.device):
         if not self.streamed:
@@ -241,19 +245,32 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
-def rows_of(run: Run, model, x: Tensor, context: Tensor | None, options: dict, extra: dict) -> list[Facts]:
-    """The facts of every row of a call."""
-    def row(value, i: int):
-        return None if value is None else value[i % value.shape[0]][None]
+class CallRow(NamedTuple):
+    """A row of a model call. tag: equal for rows whose facts are, in one run; facts: worked out when they are asked for, as that waits for the GPU."""
 
+    tag: tuple
+    facts: Callable[[], Facts]
+
+
+def rows_of(run: Run, model, x: Tensor, context: Tensor | None, options: dict, extra: dict) -> list[CallRow]:
+    """Of every row of a call."""
     patcher = model.current_patcher
     hooks = getattr(patcher, "current_hooks", None)
     weights = f"{run.bank.token(model)}/{patcher.patches_uuid}"
     if hooks is not None:   # keyframes may give them another strength on every step
         weights += "".join(f"/{id(hook)} {hook.strength}" for hook in hooks.hooks)
-    pooled, guidance = extra.get("y"), extra.get("guidance")
-    return [Facts(model, weights, hooks is None, tuple(x.shape[-2:]), row(pooled, i), None if guidance is None else float(row(guidance, i)), row(context, i),
-                  model.get_dtype_inference(), x.device, options) for i in range(x.shape[0])]
+    pooled, guidance, shape = extra.get("y"), extra.get("guidance"), tuple(x.shape[-2:])
+    uuids, conds = options.get("uuids") or [None], options.get("cond_or_uncond") or [0]
+
+    def row(value, i: int):
+        return None if value is None else value[i % value.shape[0]][None]
+
+    def facts(i: int) -> Facts:
+        guided = None if guidance is None else float(row(guidance, i))
+        return Facts(model, weights, hooks is None, shape, row(pooled, i), guided, row(context, i), model.get_dtype_inference(), x.device, options)
+
+    each = x.shape[0] // len(uuids)
+    return [CallRow((uuids[i // each], conds[i // each], i % each, shape, weights, str(x.device)), partial(facts, i)) for i in range(x.shape[0])]
 
 
 WRAPPERS = {

@@ -1,0 +1,144 @@
+"""Entries on disk: <name>.safetensors with the keys and values of one or more entries, and what they were made for.
+
+    0.double.3.k, 0.double.3.v, 0.ids, 1.double.0.k, ...     [1, H, T, D] and [T, axes]
+    metadata: format, version, entries = JSON list of {family, seam, rope, carrier, exactness, source, null, key}
+
+A file may come from a stranger: the header is checked whole, names, types and shapes, before a tensor is read.
+"""
+import json
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..knob import shown
+from .entry import CARRIERS, ROPES, Entry, Key
+from .stored import Stored
+
+FORMAT, VERSION = "reprise.reference", "1"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_,-]*(\.[A-Za-z0-9_,-]+)*")
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)    # names that Windows keeps for devices
+TENSOR = re.compile(r"(\d{1,3})\.(?:(ids)|([a-z]+\.\d{1,4})\.(k|v))")
+TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
+TEXTS = ("family", "seam", "rope", "carrier", "exactness", "source")
+LONG = 2000     # characters of a text
+
+
+def no_name(name: str) -> str:
+    """What a name should be, where this is none."""
+    if isinstance(name, str) and len(name) <= 100 and NAME.fullmatch(name) and not RESERVED.fullmatch(name):
+        return ""
+    return "expected letters, digits, '-', '_', ',' and single dots, 100 at most"
+
+
+def path_of(folder: Path, name: str) -> Path:
+    if fault := no_name(name):
+        raise ValueError(f"reference name {shown(name)!r} is refused; {fault}")
+    return folder / f"{name}.safetensors"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.safetensors") if path.is_file() and not no_name(path.stem)) if folder.is_dir() else []
+
+
+def stamp(folder: Path, name: str) -> str:
+    """Another text as soon as the file is another one, is gone or is there. It is not opened."""
+    try:
+        found = path_of(folder, name).stat()
+    except (OSError, ValueError):   # the error is told when it is read
+        return "-"
+    return f"{found.st_size}:{found.st_mtime_ns}"
+
+
+def write(folder: Path, name: str, seam: str, entries: Sequence[Entry]) -> Path:
+    """The entries, in the place of an older file of that name. A reader finds it whole or not at all."""
+    path, tensors, told = path_of(folder, name), {}, []
+    for i, entry in enumerate(entries):
+        for block, (k, v) in entry.blocks.items():
+            tensors[f"{i}.{block}.k"], tensors[f"{i}.{block}.v"] = k.contiguous(), v.contiguous()
+        if entry.ids is not None:
+            tensors[f"{i}.ids"] = entry.ids.contiguous()
+        told.append({"seam": seam, "key": dict(entry.key.fields), **{name: getattr(entry, name) for name in TEXTS if name != "seam"}})
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(dir=folder, prefix=".", suffix=".part")
+    os.close(handle)
+    try:
+        save_file({key: tensor.clone() for key, tensor in tensors.items()}, beside, {"format": FORMAT, "version": VERSION, "entries": json.dumps(told)})
+        os.replace(beside, path)
+    finally:
+        Path(beside).unlink(missing_ok=True)
+    return path
+
+
+def read(folder: Path, name: str) -> Stored:
+    """The entries of a file as a recipe, or a ValueError that names the first thing which is not as it should be."""
+    path = path_of(folder, name)
+    if not path.is_file():
+        known = ", ".join(names(folder)[:12])
+        raise ValueError(f"there is no saved reference '{name}'; {f'known: {known}' if known else 'save one with Save Reference Cache'}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            told, shapes = checked(name, dict(file.metadata() or {}), {key: file.get_slice(key) for key in file.keys()})    # noqa: SIM118 - no mapping
+            return Stored(name, told[0]["seam"], tuple(entry_of(file, i, facts, shapes[i]) for i, facts in enumerate(told)))
+    except SafetensorError as error:
+        raise ValueError(f"reference '{name}' is damaged or cut off ({str(error)[:80]}); save it again") from error
+    except OSError as error:
+        raise ValueError(f"reference '{name}' cannot be read ({error.strerror or error}); save it again") from error
+
+
+def checked(name: str, metadata: dict[str, str], slices: dict) -> tuple[list[dict], list[dict[str, list[str]]]]:
+    """What is told of every entry, and {block: [k and v names]} for each."""
+    def wrong(text: str) -> ValueError:
+        return ValueError(f"reference '{name}': {text}; save it again")
+
+    if metadata.get("format") != FORMAT:
+        raise wrong(f"the format is {shown(metadata.get('format'))!r}, expected '{FORMAT}'")
+    if metadata.get("version") != VERSION:
+        raise wrong(f"the version is {shown(metadata.get('version'))!r}, expected '{VERSION}'")
+    try:
+        told = json.loads(metadata.get("entries", ""))
+    except (ValueError, RecursionError):
+        told = None
+    if not isinstance(told, list) or not 0 < len(told) <= 64 or not all(isinstance(facts, dict) for facts in told):
+        raise wrong("its list of entries is none")
+    blocks: list[dict[str, dict]] = [{} for _ in told]
+    for key, part in slices.items():
+        match = TENSOR.fullmatch(key)
+        if match is None or int(match[1]) >= len(told):
+            raise wrong(f"it has a tensor {shown(key)!r}, which no entry of it has")
+        if match[3]:
+            blocks[int(match[1])].setdefault(match[3], {})[match[4]] = part
+        elif len(part.get_shape()) != 2 or part.get_dtype() != "F32":
+            raise wrong(f"{key} is {part.get_dtype()} {part.get_shape()}, expected F32 [tokens, axes]")
+    for i, (facts, found) in enumerate(zip(told, blocks, strict=True)):
+        for field in TEXTS:
+            if not isinstance(facts.get(field), str) or len(facts[field]) > LONG:
+                raise wrong(f"{field} of entry {i} is no text")
+        fields = facts.get("key")
+        if not isinstance(fields, dict) or not all(isinstance(text, str) and len(text) <= LONG for pair in fields.items() for text in pair):
+            raise wrong(f"the key of entry {i} is none")
+        if facts["rope"] not in ROPES or facts["carrier"] not in CARRIERS or facts["seam"] != told[0]["seam"]:
+            raise wrong(f"entry {i} has rope '{shown(facts['rope'])}', carrier '{shown(facts['carrier'])}' and seam '{shown(facts['seam'])}'")
+        if not found:
+            raise wrong(f"entry {i} has no blocks")
+        for block, pair in found.items():
+            sizes = [part.get_shape() for part in pair.values()]
+            if set(pair) != {"k", "v"} or sizes[0] != sizes[1] or len(sizes[0]) != 4 or sizes[0][0] != 1 or 0 in sizes[0]:
+                raise wrong(f"block {block} of entry {i} is {' and '.join(map(str, sizes))}, expected K and V, both [1, heads, tokens, channels]")
+            if any(part.get_dtype() not in TYPES for part in pair.values()):
+                raise wrong(f"block {block} of entry {i} is {next(iter(pair.values())).get_dtype()}, expected one of {', '.join(TYPES)}")
+        tokens, ids = {part.get_shape()[2] for pair in found.values() for part in pair.values()}, slices.get(f"{i}.ids")
+        if (ids is None) == (facts["rope"] == "pre") or (ids is not None and {ids.get_shape()[0]} != tokens):
+            raise wrong(f"entry {i} has rope '{facts['rope']}' and its positions do not fit that")
+    return told, [{block: [f"{i}.{block}.{half}" for half in "kv"] for block in found} for i, found in enumerate(blocks)]
+
+
+def entry_of(file, i: int, facts: dict, blocks: dict[str, list[str]]) -> Entry:
+    tensors = {block: tuple(file.get_tensor(key) for key in pair) for block, pair in blocks.items()}
+    ids = file.get_tensor(f"{i}.ids") if facts["rope"] == "pre" else None
+    return Entry(facts["family"], tensors, Key(facts["key"]), facts["source"], facts["rope"], ids, facts["exactness"], facts["carrier"])

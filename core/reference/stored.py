@@ -1,0 +1,120 @@
+"""Entries from a file as a recipe: the one among them that was made for what a call is, or an error that says what differs.
+
+In memory a key names the base weights by a token of this process. In a file stands their print: SHA-256 over names, types,
+shapes and samples of the unpatched weights, and over the patches (LoRA) on them.
+"""
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .entry import Entry, Key, fingerprint
+from .handle import Facts
+
+SAMPLES, LENGTH = 32, 1024      # tensors, and elements of each
+
+
+def weights_print(patcher) -> str:
+    """Of a model's weights and patches, the same whether they are loaded, offloaded or patched at the moment."""
+    parts = patcher.get_key_patches("diffusion_model.")
+    digest = hashlib.sha256()
+    for key in sorted(parts):
+        weight, patches = parts[key][0][0], parts[key][1:]
+        digest.update(f"{key} {tuple(weight.shape)} {weight.dtype}".encode())
+        for patch in patches:
+            digest.update(f"{patch[0]} {patch[2]}".encode())
+            update(digest, getattr(patch[1], "weights", patch[1]))
+    chosen = sorted(parts)[::max(1, len(parts) // SAMPLES)]
+    for key in chosen:
+        update(digest, parts[key][0][0])
+    return digest.hexdigest()[:32]
+
+
+def update(digest, value) -> None:
+    """The first elements of every tensor in a nest of tuples and lists; a quantized one by its codes."""
+    if torch.is_tensor(value):
+        value = getattr(value, "_qdata", value).detach()
+        digest.update(value.flatten()[:LENGTH].to("cpu").contiguous().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            update(digest, part)
+    else:
+        digest.update(repr(value).encode())
+
+
+def lasting(entry: Entry, patcher) -> Entry:
+    """The entry with a key that means the same in another process."""
+    fields = dict(entry.key.fields)
+    if "base" in fields:
+        fields["base"] = weights_print(patcher)
+    return replace(entry, key=Key(fields))
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """name: of the file."""
+
+    name: str
+    seam: str
+    entries: Sequence[Entry]
+
+    @property
+    def family(self) -> str:
+        return self.entries[0].family
+
+    @property
+    def source(self) -> str:
+        return f"saved reference '{self.name}' ({self.entries[0].source})"
+
+    @property
+    def exactness(self) -> str:
+        return self.entries[0].exactness
+
+    @property
+    def rope(self) -> str:
+        return self.entries[0].rope
+
+    @property
+    def tokens(self):
+        return self.entries[0].layout
+
+    def unfit(self, network) -> str:
+        return ""       # told by the first call, which has all that an entry hangs on
+
+    def bytes(self, network, dtype: torch.dtype) -> int:
+        return max(entry.bytes for entry in self.entries) * len(self.entries)
+
+    def key(self, facts: Facts) -> Key:
+        return self.entry_for(facts).key
+
+    def entry_for(self, facts: Facts) -> Entry:
+        """The entry that was made for this row."""
+        now = {
+            "pooled": lambda: fingerprint(facts.pooled), "guidance": lambda: repr(facts.guidance), "size": lambda: "x".join(map(str, facts.shape)),
+            "numerics": lambda: str(facts.dtype), "base": lambda: weights_print(facts.model.current_patcher),
+        }
+        fitting = list(self.entries)
+        for field, told in now.items():
+            if not any(field in entry.key.fields and entry.key.fields[field] for entry in fitting):
+                continue
+            value = told()
+            left = [entry for entry in fitting if entry.key.fields.get(field, value) == value]
+            if not left:
+                raise ValueError(f"{self.source} was made for another {WORDS[field]} ({field}: {fitting[0].key.fields[field][:40]}, now {value[:40]}); "
+                                 "sample with what it was made for, or encode the reference anew")
+            fitting = left
+        return fitting[0]
+
+    def fill(self, facts: Facts, put) -> Tensor | None:
+        entry = self.entry_for(facts)
+        for name, (k, v) in entry.blocks.items():
+            put(name, k, v)
+        return entry.ids
+
+    def other_side(self) -> "Stored":
+        return self
+
+
+WORDS = {"pooled": "prompt", "guidance": "guidance", "size": "picture size", "numerics": "number type", "base": "model, or the model with other LoRAs"}
