@@ -17,6 +17,11 @@ def notifier(node_id: str | None):
     return notify
 
 
+def text_notifier(node_id: str | None):
+    """A callable that shows the line of a record on the node `node_id`."""
+    return lambda record: show(record.line(), node_id)
+
+
 def show(text: str, node_id: str | None) -> None:
     """Text under the node, where a server runs and the node is one of a graph."""
     server = running_server()

@@ -43,6 +43,10 @@ class Bank:
                 self.hits[key.digest] += 1
             return entry
 
+    def peek(self, key: Key) -> Entry | None:
+        """Without counting as a use."""
+        return self.entries.get(key.digest)
+
     def put(self, entry: Entry) -> bool:
         """Take a whole entry in, in host memory, or refuse one that is larger than the limit."""
         if entry.bytes > self.limit:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from comfy.ldm.common_dit import pad_to_patch_size
+from comfy.utils import common_upscale
 from torch import Tensor
 
 from .entry import EXACT, Key, fingerprint
@@ -88,6 +89,20 @@ def read_adapter(tensors: Mapping[str, Tensor], digest: str, name: str) -> Adapt
     if blocks != numbered or not adapter.depth[0]:
         raise WrongFile(f"{name} leaves out blocks between those it has; the file is not whole, download it again")
     return adapter
+
+
+def prepared(image: Tensor, kind: str, size: int, padding: float) -> Tensor:
+    """image: [B, H, W, 3], of which the first counts, to [1, size, size, 3]: squashed, or for a subject fitted and padded around."""
+    picture = image[:1, :, :, :3].movedim(-1, 1)
+    if kind == "spatial":
+        return common_upscale(picture, size, size, "bicubic", "disabled").clamp(0, 1).movedim(1, -1)
+    height, width = picture.shape[-2:]
+    fitted = [max(1, round(side * size / max(height, width))) for side in (height, width)]
+    inside = common_upscale(picture, fitted[1], fitted[0], "bicubic", "disabled").clamp(0, 1)
+    out = torch.full((1, 3, size, size), padding, dtype=picture.dtype)
+    top, left = (size - fitted[0]) // 2, (size - fitted[1]) // 2
+    out[:, :, top:top + fitted[0], left:left + fitted[1]] = inside
+    return out.movedim(1, -1)
 
 
 @dataclass(frozen=True, eq=False)

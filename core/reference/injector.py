@@ -19,7 +19,7 @@ from torch import Tensor
 from ..conditions import within
 from ..reserve import enlarged
 from .bank import MIB, Bank
-from .entry import Entry, Key
+from .entry import EXACT, Entry, Key
 from .handle import NAME, CONDReferences, Facts, Handle, Handles, Reference, handle_of
 from .join import Buffers, Segment
 from .lend import Resident, Streamed
@@ -51,20 +51,31 @@ class Record:
     seconds: float = 0.0        # of encoding
     bytes: int = 0
     place: str = ""
+    exactness: str = EXACT
     reasons: list[str] = field(default_factory=list)
+    keys: dict[int, list[Key]] = field(default_factory=dict)    # id of a recipe -> of the entries that were its
 
     def line(self) -> str:
         parts = [f"{len(self.made)} encoded in {self.seconds:.1f} s" if self.made else "", f"{len(self.found)} from the bank" if self.found else ""]
         told = ", ".join(part for part in parts if part) or "none was used"
         reasons = "".join(f"; {reason}" for reason in self.reasons)
-        return f"Reference Cache: {told}, {self.bytes / MIB:.1f} MiB, {self.place}{reasons}"
+        return f"Reference Cache: {told}, {self.bytes / MIB:.1f} MiB, {self.place}, {self.exactness}{reasons}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Attachment:
+    """What rides on the model, and how the last run on it or a clone of it went."""
+
     keeping: Keeping
     bank: Bank
     notify: Callable[[Record], None]
+    last: Record | None = None
+
+
+def last_run(model) -> tuple[Record | None, Bank] | None:
+    """How the last run on this model and its clones went, and the bank it used; None where no injector is on it."""
+    attachment = model.model_options.get("transformer_options", {}).get(KEY)
+    return None if attachment is None else (attachment.last, attachment.bank)
 
 
 def attach_references(model, keeping: Keeping | None = None, notify: Callable[[Record], None] = lambda record: None, bank: Bank = BANK):
@@ -146,6 +157,10 @@ class Run:
                 if entry is not None:
                     self.record.found.append(entry.source)
                 self.lent[key.digest] = self.make(recipe, key, facts) if entry is None else self.lend(entry, facts.device)
+                if recipe.exactness != EXACT:
+                    self.record.exactness = recipe.exactness
+            if key not in self.record.keys.setdefault(id(recipe), []):
+                self.record.keys[id(recipe)].append(key)
             self.known[tag] = key.digest
         return self.lent[self.known[tag]]
 
@@ -220,6 +235,7 @@ def outer_sample(executor, *args, **kwargs):
         record = run.close()
         if record.made or record.found:
             log.info(record.line())
+            attachment.last = record
             attachment.notify(record)
 
 

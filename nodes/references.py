@@ -1,0 +1,200 @@
+"""References on a sampling: put on model and conditioning, combined, saved, loaded, looked at and forgotten."""
+from ..core.reference.files import names, no_name, read, stamp, write
+from ..core.reference.folders import references_folder
+from ..core.reference.handle import Handle, Reference, with_references
+from ..core.reference.injector import BANK, PLACES, Keeping, attach_references
+from ..core.reference.inspect import described, entries_of
+from ..core.reference.stored import lasting
+from ._api import io
+from .notify import show, text_notifier
+from .numbers import check_numbers
+
+REFERENCE = io.Custom("REPRISE_REFERENCE")
+MIB = 1 << 20
+NONE_SAVED = "none saved yet"
+
+
+class ApplyReferenceCache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Reprise_ApplyReferenceCache",
+            display_name="Apply Reference Cache",
+            category="reprise/references",
+            description="Puts references on a sampling: EasyControl conditions, FastFit garments, Diffusion Templates, saved references. Each is encoded once, "
+                        "in the first step that needs it, and injected on every step. Sample with the model and both conditionings that come out.",
+            search_aliases=["reference", "kv cache", "easycontrol", "fastfit", "template"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to sample with, LoRAs included."),
+                io.Conditioning.Input("positive", tooltip="Gets the reference."),
+                io.Conditioning.Input("negative", tooltip="Gets its other side: the negative reference, or what the system was trained with."),
+                REFERENCE.Input("reference", tooltip="From EasyControl Condition, FastFit Reference, a Template node, Load or Combine Reference Cache."),
+                REFERENCE.Input("negative_reference", optional=True,
+                                tooltip="For the negative alone. Left out, EasyControl and saved references act on both sides, FastFit has its empty garment "
+                                        "there, and a template acts on the positive side alone unless it was given a negative value."),
+                io.Boolean.Input("keep", default=True, optional=True,
+                                 tooltip="Entries stay in host memory for the next run, whatever its seed or sampler. Off forgets them when the run ends."),
+                io.Combo.Input("place", options=list(PLACES), default=PLACES[0], optional=True, advanced=True,
+                               tooltip="Where entries are during a run: on the GPU, streamed to it a block ahead, or by size."),
+                io.Int.Input("limit_mib", default=8192, min=0, max=1 << 20, optional=True, advanced=True,
+                             tooltip="Most host memory for all kept entries, in MiB. The least recently used leave first."),
+            ],
+            outputs=[
+                io.Model.Output("model", tooltip="The model that can read the references."),
+                io.Conditioning.Output("positive", tooltip="With the reference."),
+                io.Conditioning.Output("negative", tooltip="With its other side."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, reference, negative_reference=None, keep: bool = True, place: str = PLACES[0],
+                limit_mib: int = 8192) -> io.NodeOutput:
+        check_numbers(cls, limit_mib=limit_mib)
+        network = model.model.diffusion_model
+        other = reference.other_side() if negative_reference is None else negative_reference
+        for one in (*reference.references, *other.references):
+            if why := one.recipe.unfit(network):
+                raise ValueError(why)
+        BANK.limited(limit_mib * MIB)
+        attached = attach_references(model, Keeping(place, keep), text_notifier(getattr(cls.hidden, "unique_id", None)))
+        return io.NodeOutput(attached, with_references(positive, reference), with_references(negative, other))
+
+
+class CombineReferenceCache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Reprise_CombineReferenceCache",
+            display_name="Combine Reference Cache",
+            category="reprise/references",
+            description="Several references as one: conditions of several adapters, a whole outfit, several templates.",
+            inputs=[REFERENCE.Input("first", tooltip="References."), REFERENCE.Input("second", tooltip="Further references.")],
+            outputs=[REFERENCE.Output("reference", tooltip="All of them.")],
+        )
+
+    @classmethod
+    def execute(cls, first, second) -> io.NodeOutput:
+        return io.NodeOutput(first + second)
+
+
+class SaveReferenceCache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Reprise_SaveReferenceCache",
+            display_name="Save Reference Cache",
+            category="reprise/references",
+            description="Writes what a reference was encoded to into a file, by name, for Load Reference Cache: a library of garments, or a template to share.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that came out of Apply Reference Cache and went into the sampler."),
+                REFERENCE.Input("reference", tooltip="The reference that went into Apply Reference Cache."),
+                io.AnyType.Input("trigger", tooltip="What the sampler made. References are encoded while it samples, so this waits for it."),
+                io.String.Input("name", default="reference", optional=True, tooltip="The file's name. An older one of that name is replaced."),
+            ],
+            outputs=[io.String.Output("name", tooltip="For Load Reference Cache.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, reference, trigger, name: str = "reference") -> io.NodeOutput:
+        if fault := no_name(name):
+            raise ValueError(f"name is '{str(name)[:100]}'; {fault}")
+        found = list(entries_of(model, reference))
+        if not found:
+            raise ValueError("nothing of this reference is kept; sample with the model first, with 'keep' on, and connect what the sampler made to 'trigger'")
+        seams = {recipe.seam for recipe, _ in found}
+        if len(seams) > 1:
+            raise ValueError(f"references for {len(seams)} kinds of model came; save those of each model by themselves")
+        path = write(references_folder(), name, seams.pop(), [lasting(entry, model) for _, entry in found])
+        size = sum(entry.bytes for _, entry in found) / MIB
+        show(f"{len(found)} entries, {size:.1f} MiB, in {path.name}", getattr(cls.hidden, "unique_id", None))
+        return io.NodeOutput(name)
+
+
+class LoadReferenceCache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Reprise_LoadReferenceCache",
+            display_name="Load Reference Cache",
+            category="reprise/references",
+            description="Reads a reference that Save Reference Cache wrote. It is used with the model, and where that matters the prompt and size, that "
+                        "it was made for, and refused with the field that differs otherwise.",
+            inputs=[
+                io.Combo.Input("name", options=names(references_folder()) or [NONE_SAVED], tooltip="A saved reference."),
+                io.Float.Input("weight", default=1.0, min=0.0, max=10.0, step=0.05, optional=True,
+                               tooltip="How much attention it gets: 1 is as trained, 0 is none."),
+                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, optional=True, tooltip="Acts from this share of the schedule on."),
+                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, optional=True, tooltip="Acts up to this share of the schedule."),
+                REFERENCE.Input("reference", optional=True, tooltip="References that this one is added to."),
+            ],
+            outputs=[REFERENCE.Output("reference", tooltip="For Apply Reference Cache.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, name) -> bool:
+        return True     # a file may be saved in the same prompt; `read` says what is wrong with a name
+
+    @classmethod
+    def fingerprint_inputs(cls, name, **others) -> str:
+        return stamp(references_folder(), name) if isinstance(name, str) else ""
+
+    @classmethod
+    def execute(cls, name: str, weight: float = 1.0, start_percent: float = 0.0, end_percent: float = 1.0, reference=None) -> io.NodeOutput:
+        check_numbers(cls, weight=weight, start_percent=start_percent, end_percent=end_percent)
+        if start_percent > end_percent:
+            raise ValueError(f"start_percent is {start_percent} and end_percent {end_percent}; the start must not lie behind the end")
+        stored = read(references_folder(), name)
+        return io.NodeOutput((reference or Handle()) + Handle((Reference(stored, weight, start_percent, end_percent),)))
+
+
+class InspectReferenceCache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Reprise_InspectReferenceCache",
+            display_name="Inspect Reference Cache",
+            category="reprise/references",
+            description="What references come to: size, what they hang on, whether they are exact, where they are and how often they were used.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that came out of Apply Reference Cache."),
+                REFERENCE.Input("reference", tooltip="The reference that went into it."),
+                io.AnyType.Input("trigger", optional=True, tooltip="What the sampler made, to look after the run."),
+            ],
+            outputs=[io.String.Output("text", tooltip="The same in words.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, reference, trigger=None) -> io.NodeOutput:
+        text = described(model, reference)
+        show(text, getattr(cls.hidden, "unique_id", None))
+        return io.NodeOutput(text)
+
+
+class ClearReferenceCache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Reprise_ClearReferenceCache",
+            display_name="Clear Reference Cache",
+            category="reprise/references",
+            description="Forgets every kept entry and gives the memory back. Saved files stay.",
+            inputs=[io.AnyType.Input("trigger", optional=True, tooltip="Clears when this is there.")],
+            outputs=[io.Float.Output("mib", tooltip="MiB that were given back.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            not_idempotent=True,
+        )
+
+    @classmethod
+    def execute(cls, trigger=None) -> io.NodeOutput:
+        freed = BANK.clear() / MIB
+        show(f"{freed:.1f} MiB given back", getattr(cls.hidden, "unique_id", None))
+        return io.NodeOutput(freed)
+
+
+NODES = [ApplyReferenceCache, CombineReferenceCache, SaveReferenceCache, LoadReferenceCache, InspectReferenceCache, ClearReferenceCache]
