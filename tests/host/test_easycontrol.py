@@ -151,7 +151,7 @@ def by_pack(patcher, x, sigma, conds, handle, bank=None, cfg=1.0):
         got["v"] = (x - denoise(x, sigmas[0] * x.new_ones(len(x)), **extra_args)) / sigmas[0]
         return x
 
-    attached = attach_references(patcher, bank=bank or Bank())
+    attached = attach_references(patcher, bank=Bank() if bank is None else bank)
     sigmas = torch.tensor([sigma, 0.0])
     noise = x
     with torch.inference_mode():

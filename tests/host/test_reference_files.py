@@ -2,7 +2,6 @@
 import json
 import struct
 
-import comfy.lora
 import pytest
 import torch
 from harness import model, sample
