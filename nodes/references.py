@@ -2,7 +2,7 @@
 from ..core.reference.files import names, no_name, read, stamp, write
 from ..core.reference.folders import references_folder
 from ..core.reference.handle import Handle, Reference, with_references
-from ..core.reference.injector import BANK, PLACES, Keeping, attach_references
+from ..core.reference.injector import BANK, PLACES, STORAGE, Keeping, attach_references
 from ..core.reference.inspect import described, entries_of
 from ..core.reference.stored import lasting
 from ._api import io
@@ -36,6 +36,9 @@ class ApplyReferenceCache(io.ComfyNode):
                                  tooltip="Entries stay in host memory for the next run, whatever its seed or sampler. Off forgets them when the run ends."),
                 io.Combo.Input("place", options=list(PLACES), default=PLACES[0], optional=True, advanced=True,
                                tooltip="Where entries are during a run: on the GPU, streamed to it a block ahead, or by size."),
+                io.Combo.Input("storage", options=list(STORAGE), default=STORAGE[0], optional=True, advanced=True,
+                               tooltip="How keys and values are kept: as they came, which is exact, or in 8 bits, which is approximate: how far off they are "
+                                       "is told under the node."),
                 io.Int.Input("limit_mib", default=8192, min=0, max=1 << 20, optional=True, advanced=True,
                              tooltip="Most host memory for all kept entries, in MiB. The least recently used leave first."),
             ],
@@ -49,7 +52,7 @@ class ApplyReferenceCache(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, reference, negative_reference=None, keep: bool = True, place: str = PLACES[0],
-                limit_mib: int = 8192) -> io.NodeOutput:
+                storage: str = STORAGE[0], limit_mib: int = 8192) -> io.NodeOutput:
         check_numbers(cls, limit_mib=limit_mib)
         network = model.model.diffusion_model
         other = reference.other_side() if negative_reference is None else negative_reference
@@ -57,7 +60,7 @@ class ApplyReferenceCache(io.ComfyNode):
             if why := one.recipe.unfit(network):
                 raise ValueError(why)
         BANK.limited(limit_mib * MIB)
-        attached = attach_references(model, Keeping(place, keep), text_notifier(getattr(cls.hidden, "unique_id", None)))
+        attached = attach_references(model, Keeping(place, keep, storage), text_notifier(getattr(cls.hidden, "unique_id", None)))
         return io.NodeOutput(attached, with_references(positive, reference), with_references(negative, other))
 
 

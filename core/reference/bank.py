@@ -95,5 +95,5 @@ def at_home(entry: Entry) -> Entry:
     def home(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", copy=True).contiguous()
 
-    blocks = {name: (home(k), home(v)) for name, (k, v) in entry.blocks.items()}
-    return replace(entry, blocks=blocks, ids=None if entry.ids is None else home(entry.ids))
+    blocks, scales = ({name: (home(k), home(v)) for name, (k, v) in pairs.items()} for pairs in (entry.blocks, entry.scales))
+    return replace(entry, blocks=blocks, scales=scales, ids=None if entry.ids is None else home(entry.ids))

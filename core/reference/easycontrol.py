@@ -181,6 +181,9 @@ class EasyControl:
         grid[..., 1], grid[..., 2] = down[:, None], right[None]
         return grid.view(-1, 3)
 
+    def ready(self, facts: Facts) -> None:
+        return None
+
     def fill(self, facts: Facts, put: Put) -> Tensor:
         network = facts.network
         latent = facts.model.process_latent_in(self.latent.to(facts.device, torch.float32)).to(facts.dtype)

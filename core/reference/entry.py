@@ -6,7 +6,7 @@ An entry may stand in for another exactly when their keys are equal: a key has a
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 EXACT = "exact"
 ROPES = ("none", "pre", "post")
 CARRIERS = ("kv", "lora", "text")
+FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Entry:
     blocks: {"double.0": (K, V)}, each [1, H, T, D].
     rope: how K is positioned: "pre", not yet rotated, with `ids` [T, axes] to be rotated by; "post", rotated; "none", never.
     exactness: "exact", or in words how it departs from computing anew.
+    scales: of blocks that are kept in 8 bits, {"double.0": (of K, of V)}, each [1, H, 1, 1] fp32: K is blocks' times it.
     source: for the user: the adapter's file, the kind, the size.
     """
 
@@ -51,6 +53,7 @@ class Entry:
     ids: Tensor | None = None
     exactness: str = EXACT
     carrier: str = "kv"
+    scales: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -64,8 +67,16 @@ class Entry:
 
     @property
     def bytes(self) -> int:
-        tensors = [tensor for pair in self.blocks.values() for tensor in pair] + ([self.ids] if self.ids is not None else [])
+        tensors = [tensor for pairs in (self.blocks, self.scales) for pair in pairs.values() for tensor in pair]
+        tensors += [self.ids] if self.ids is not None else []
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def in_eight_bits(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """x = s e4m3(x / s), s = max|x| / 448, one per head: the 8-bit values and s. A head of zeros keeps s = 1."""
+    scale = tensor.abs().amax(dim=(2, 3), keepdim=True).float() / torch.finfo(FP8).max
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (tensor.float() / scale).to(FP8), scale
 
 
 def fingerprint(*tensors: Tensor | None) -> str:

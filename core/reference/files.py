@@ -1,6 +1,7 @@
 """Entries on disk: <name>.safetensors with the keys and values of one or more entries, and what they were made for.
 
     0.double.3.k, 0.double.3.v, 0.ids, 1.double.0.k, ...     [1, H, T, D] and [T, axes]
+    0.double.3.ks, 0.double.3.vs                             [1, H, 1, 1], of blocks kept in 8 bits
     metadata: format, version, entries = JSON list of {family, seam, rope, carrier, exactness, source, null, key}
 
 A file may come from a stranger: the header is checked whole, names, types and shapes, before a tensor is read.
@@ -17,14 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..knob import shown
-from .entry import CARRIERS, ROPES, Entry, Key
+from .entry import CARRIERS, FP8, ROPES, Entry, Key
 from .stored import Stored
 
 FORMAT, VERSION = "reprise.reference", "1"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_,-]*(\.[A-Za-z0-9_,-]+)*")
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)    # names that Windows keeps for devices
-TENSOR = re.compile(r"(\d{1,3})\.(?:(ids)|([a-z]+\.\d{1,4})\.(k|v))")
-TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
+TENSOR = re.compile(r"(\d{1,3})\.(?:(ids)|([a-z]+\.\d{1,4})\.(ks?|vs?))")
+TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": FP8}
 TEXTS = ("family", "seam", "rope", "carrier", "exactness", "source")
 LONG = 2000     # characters of a text
 
@@ -61,6 +62,7 @@ def write(folder: Path, name: str, seam: str, entries: Sequence[Entry]) -> Path:
     for i, entry in enumerate(entries):
         for block, (k, v) in entry.blocks.items():
             tensors[f"{i}.{block}.k"], tensors[f"{i}.{block}.v"] = k.contiguous(), v.contiguous()
+            tensors |= {f"{i}.{block}.{half}s": scale.contiguous() for half, scale in zip("kv", entry.scales.get(block, ()), strict=False)}
         if entry.ids is not None:
             tensors[f"{i}.ids"] = entry.ids.contiguous()
         told.append({"seam": seam, "key": dict(entry.key.fields), **{name: getattr(entry, name) for name in TEXTS if name != "seam"}})
@@ -127,9 +129,13 @@ def checked(name: str, metadata: dict[str, str], slices: dict) -> tuple[list[dic
         if not found:
             raise wrong(f"entry {i} has no blocks")
         for block, pair in found.items():
+            scales = {half: pair.pop(half).get_shape() for half in ("ks", "vs") if half in pair and pair[half].get_dtype() == "F32"}
             sizes = [part.get_shape() for part in pair.values()]
             if set(pair) != {"k", "v"} or sizes[0] != sizes[1] or len(sizes[0]) != 4 or sizes[0][0] != 1 or 0 in sizes[0]:
                 raise wrong(f"block {block} of entry {i} is {' and '.join(map(str, sizes))}, expected K and V, both [1, heads, tokens, channels]")
+            small = {part.get_dtype() for part in pair.values()} == {"F8_E4M3"}
+            if list(scales.values()) != ([[1, sizes[0][1], 1, 1]] * 2 if small else []):
+                raise wrong(f"block {block} of entry {i} has scales {list(scales.values())}, which do not fit its keys and values")
             if any(part.get_dtype() not in TYPES for part in pair.values()):
                 raise wrong(f"block {block} of entry {i} is {next(iter(pair.values())).get_dtype()}, expected one of {', '.join(TYPES)}")
         tokens, ids = {part.get_shape()[2] for pair in found.values() for part in pair.values()}, slices.get(f"{i}.ids")
@@ -140,5 +146,6 @@ def checked(name: str, metadata: dict[str, str], slices: dict) -> tuple[list[dic
 
 def entry_of(file, i: int, facts: dict, blocks: dict[str, list[str]]) -> Entry:
     tensors = {block: tuple(file.get_tensor(key) for key in pair) for block, pair in blocks.items()}
+    scales = {block: tuple(file.get_tensor(f"{key}s") for key in blocks[block]) for block, (k, _) in tensors.items() if k.dtype == FP8}
     ids = file.get_tensor(f"{i}.ids") if facts["rope"] == "pre" else None
-    return Entry(facts["family"], tensors, Key(facts["key"]), facts["source"], facts["rope"], ids, facts["exactness"], facts["carrier"])
+    return Entry(facts["family"], tensors, Key(facts["key"]), facts["source"], facts["rope"], ids, facts["exactness"], facts["carrier"], scales)

@@ -12,7 +12,7 @@ import comfy.conds
 import torch
 from torch import Tensor
 
-from .entry import Key
+from .entry import Entry, Key
 
 NAME = "reprise_references"     # of the entry in model_conds
 
@@ -60,6 +60,9 @@ class Recipe(Protocol):
         """What must be equal for two to be sampled in one batch: the number of tokens, or one for every block."""
 
     def key(self, facts: Facts) -> Key: ...
+
+    def ready(self, facts: Facts) -> Entry | None:
+        """The entry where it is there already; None where it is to be made."""
 
     def fill(self, facts: Facts, put: Callable[[str, Tensor, Tensor], None]) -> Tensor | None:
         """Encode: `put` block, K and V, each [1, H, T, D], for every block. Returns ids [T, axes] where rope is "pre"."""

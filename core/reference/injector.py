@@ -19,7 +19,7 @@ from torch import Tensor
 from ..conditions import within
 from ..reserve import enlarged
 from .bank import MIB, Bank
-from .entry import EXACT, Entry, Key
+from .entry import EXACT, Entry, Key, in_eight_bits
 from .handle import NAME, CONDReferences, Facts, Handle, Handles, Reference, handle_of
 from .join import Buffers, Segment
 from .lend import Resident, Streamed
@@ -31,15 +31,17 @@ KEY = "reprise.references"
 RUN = "reprise.references.run"
 SHARE = 0.25    # of the free GPU memory that entries may take before they are streamed
 PLACES = ("automatic", "gpu", "streamed")
+STORAGE = ("same", "fp8")
 BANK = Bank(pin=comfy.model_management.pin_memory, unpin=comfy.model_management.unpin_memory)
 
 
 @dataclass(frozen=True)
 class Keeping:
-    """place: of entries during a run; keep: whether they outlive it."""
+    """place: of entries during a run; keep: whether they outlive it; storage: how those are kept that are encoded from now on."""
 
     place: str = "automatic"
     keep: bool = True
+    storage: str = "same"
 
 
 @dataclass
@@ -151,14 +153,16 @@ class Run:
         tag = (id(recipe), *row.tag)
         if tag not in self.known:
             facts = row.facts()
-            key, ready = recipe.key(facts), getattr(recipe, "entry", None)
+            key, ready = recipe.key(facts), recipe.ready(facts)
+            if self.keeping.storage != "same" and ready is None:
+                key = Key({**key.fields, "storage": self.keeping.storage}, key.lasting)
             if key.digest not in self.lent:
                 entry = ready or (self.bank.get(key) if key.lasting else None)
                 if entry is not None:
                     self.record.found.append(entry.source)
                 self.lent[key.digest] = self.make(recipe, key, facts) if entry is None else self.lend(entry, facts.device)
-                if recipe.exactness != EXACT:
-                    self.record.exactness = recipe.exactness
+                if (exactness := self.lent[key.digest].entry.exactness) != EXACT:
+                    self.record.exactness = exactness
             if key not in self.record.keys.setdefault(id(recipe), []):
                 self.record.keys[id(recipe)].append(key)
             self.known[tag] = key.digest
@@ -199,15 +203,26 @@ class Run:
                 self.record.reasons.append(f"an entry of {sizes} and is not kept")
         return self.lend(self.bank.get(key) or entry if self.streamed else entry, facts.device)
 
-    @staticmethod
-    def filled(recipe, key: Key, facts: Facts, home: torch.device) -> Entry:
-        blocks: dict[str, tuple[Tensor, Tensor]] = {}
+    def filled(self, recipe, key: Key, facts: Facts, home: torch.device) -> Entry:
+        blocks, scales, errors = {}, {}, []
 
-        def put(name: str, k: Tensor, v: Tensor) -> None:
-            blocks[name] = tuple(tensor.detach().to(home, copy=True, memory_format=torch.contiguous_format) for tensor in (k, v))
+        def put(name: str, *pair: Tensor) -> None:
+            if self.keeping.storage == "fp8":
+                packed = [in_eight_bits(tensor.detach()) for tensor in pair]
+                errors.extend(relative_l2(values.float() * scale, tensor) for (values, scale), tensor in zip(packed, pair, strict=True))
+                pair, scales[name] = (values for values, _ in packed), tuple(scale.to(home) for _, scale in packed)
+            blocks[name] = tuple(tensor.detach().to(home, copy=True, memory_format=torch.contiguous_format) for tensor in pair)
 
         ids = recipe.fill(facts, put)
-        return Entry(recipe.family, blocks, key, recipe.source, recipe.rope, ids, recipe.exactness)
+        exactness = recipe.exactness
+        if errors:
+            off = f"keys and values in 8 bits, {torch.stack(errors).mean().item():.1%} off"
+            exactness = f"approximate: {off}" if exactness == EXACT else f"{exactness}; {off}"
+        return Entry(recipe.family, blocks, key, recipe.source, recipe.rope, ids, exactness, scales=scales)
+
+
+def relative_l2(tensor: Tensor, reference: Tensor) -> Tensor:
+    return (tensor - reference.float()).norm() / reference.float().norm().clamp_min(1e-12)
 
 
 def fetcher(device: torch.device):

@@ -16,10 +16,11 @@ class Resident:
 
     def __init__(self, entry: Entry, device: torch.device):
         self.entry = entry
-        self.blocks = {name: (k.to(device), v.to(device)) for name, (k, v) in entry.blocks.items()}
+        self.blocks, self.scales = (
+            {name: tuple(tensor.to(device) for tensor in pair) for name, pair in pairs.items()} for pairs in (entry.blocks, entry.scales))
 
     def block(self, name: str) -> tuple[Tensor, Tensor]:
-        return self.blocks[name]
+        return scaled(self.blocks[name], self.scales.get(name))
 
 
 class Streamed:
@@ -42,8 +43,13 @@ class Streamed:
             pair.append(tensor)
         self.under_way = {key: value for key, value in self.under_way.items() if key == self.following[name]}
         self.send(self.following[name])
-        return tuple(pair)
+        return scaled(tuple(pair[:2]), tuple(pair[2:]))
 
     def send(self, name: str) -> None:
         if name not in self.under_way:
-            self.under_way[name] = [self.fetch(tensor) for tensor in self.entry.blocks[name]]
+            self.under_way[name] = [self.fetch(tensor) for tensor in (*self.entry.blocks[name], *self.entry.scales.get(name, ()))]
+
+
+def scaled(pair: tuple[Tensor, Tensor], scales: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """K and V as they are used: kept in 8 bits they come back in 32."""
+    return tuple(tensor.float() * scale for tensor, scale in zip(pair, scales, strict=True)) if scales else pair

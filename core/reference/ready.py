@@ -54,10 +54,11 @@ class Ready:
     def key(self, facts: Facts) -> Key:
         return self.entry.key
 
+    def ready(self, facts: Facts) -> Entry:
+        return self.entry
+
     def fill(self, facts: Facts, put: Put) -> Tensor | None:
-        for name, (k, v) in self.entry.blocks.items():
-            put(name, k, v)
-        return self.entry.ids
+        raise TypeError("a ready entry is lent as it is")
 
     def other_side(self) -> "Ready | None":
         return None if self.null is None else Ready(self.null, self.seam, self.null)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from .entry import Entry, Key, fingerprint
 from .handle import Facts
@@ -87,9 +86,9 @@ class Stored:
         return max(entry.bytes for entry in self.entries) * len(self.entries)
 
     def key(self, facts: Facts) -> Key:
-        return self.entry_for(facts).key
+        return self.ready(facts).key
 
-    def entry_for(self, facts: Facts) -> Entry:
+    def ready(self, facts: Facts) -> Entry:
         """The entry that was made for this row."""
         now = {
             "pooled": lambda: fingerprint(facts.pooled), "guidance": lambda: repr(facts.guidance), "size": lambda: "x".join(map(str, facts.shape)),
@@ -107,11 +106,8 @@ class Stored:
             fitting = left
         return fitting[0]
 
-    def fill(self, facts: Facts, put) -> Tensor | None:
-        entry = self.entry_for(facts)
-        for name, (k, v) in entry.blocks.items():
-            put(name, k, v)
-        return entry.ids
+    def fill(self, facts: Facts, put) -> None:
+        raise TypeError("a saved entry is lent as it is")
 
     def other_side(self) -> "Stored":
         return self

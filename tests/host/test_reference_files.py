@@ -11,7 +11,7 @@ from test_easycontrol import condition
 from pack.core.reference.bank import Bank
 from pack.core.reference.files import names, read, write
 from pack.core.reference.handle import Handle, Reference, with_references
-from pack.core.reference.injector import attach_references
+from pack.core.reference.injector import Keeping, attach_references
 from pack.core.reference.inspect import described, entries_of
 from pack.core.reference.stored import lasting, weights_print
 from testbed import tiny
@@ -142,6 +142,20 @@ def test_another_file_of_tensors_is_no_reference(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "cat.safetensors")
     with pytest.raises(ValueError, match="the format is"):
         read(tmp_path, "cat")
+
+
+def test_a_reference_in_eight_bits_is_saved_and_read_as_it_is(tmp_path):
+    patcher = model("flux")
+    handle = Handle((Reference(condition(patcher.model.diffusion_model)),))
+    attached = attach_references(patcher, Keeping(storage="fp8"), bank=Bank())
+    latent = sample(attached, "flux", **conditions(handle))
+    write(tmp_path, "small", "flux", [lasting(entry, attached) for _, entry in entries_of(attached, handle)])
+    stored = read(tmp_path, "small")
+    assert "8 bits" in stored.exactness
+    assert torch.equal(sample(attach_references(patcher, bank=Bank()), "flux", **conditions(Handle((Reference(stored),)))), latent)
+    rewritten(tmp_path / "small.safetensors", lambda header: header.pop("0.double.0.ks"))
+    with pytest.raises(ValueError, match="reference 'small'"):
+        read(tmp_path, "small")
 
 
 def test_inspect_tells_size_fields_and_hits():

@@ -229,3 +229,19 @@ def test_condition_tokens_pass_no_layer_after_the_first_call():
     finally:
         hook.remove()
     assert rows == [16] + [16] * 12      # 4 x 4 tokens of the condition, then as many of the picture on 12 steps
+
+
+def test_eight_bits_are_near_smaller_labelled_and_never_exact():
+    records, bank = [], Bank()
+    small = sample(used(model("flux"), bank, records, storage="fp8"), "flux", **conds(handle()))
+    whole_bank = Bank()
+    whole = sample(used(model("flux"), whole_bank), "flux", **conds(handle()))
+    off = (small - whole).norm() / whole.norm()
+    assert 0 < off < 0.02 and bank.bytes < 0.3 * whole_bank.bytes
+    assert "approximate: keys and values in 8 bits" in records[0].line()
+    told = float(records[0].exactness.split(", ")[1].split("%")[0]) / 100
+    pairs = [(k.float() * scale, wanted) for entry, other in zip(bank.entries.values(), whole_bank.entries.values(), strict=True)
+             for name in entry.blocks for k, scale, wanted in zip(entry.blocks[name], entry.scales[name], other.blocks[name], strict=True)]
+    errors = [((a - b).norm() / b.norm()).item() for a, b in pairs]
+    assert abs(told - sum(errors) / len(errors)) < 1e-3
+    assert torch.equal(small, sample(used(model("flux"), bank, records, storage="fp8", place="streamed"), "flux", **conds(handle())))
