@@ -2,6 +2,8 @@
 from collections.abc import Sequence
 
 from .join import AttentionPatch, Buffers, Segment
+from .unet_attention import JoinedAttention
+from .unet_blocks import place_of
 
 
 def flux(options: dict, network, segments: Sequence[Segment], buffers: Buffers) -> dict:
@@ -11,4 +13,15 @@ def flux(options: dict, network, segments: Sequence[Segment], buffers: Buffers) 
     return {**options, "patches": {**patches, "attn1_patch": [*patches.get("attn1_patch", ()), patch]}}
 
 
-SEAMS = {"flux": flux}
+def unet(options: dict, network, segments: Sequence[Segment], buffers: Buffers) -> dict:
+    """The host's UNet: in place of self-attention, around a replacement that is there for the same block."""
+    replaced = options.get("patches_replace", {})
+    there = replaced.get("attn1", {})
+    entries = dict(there)
+    for name in segments[0].entry.blocks:
+        place = place_of(name)
+        entries[place] = JoinedAttention(name, segments, buffers, there.get(place, there.get(place[:2])))
+    return {**options, "patches_replace": {**replaced, "attn1": entries}}
+
+
+SEAMS = {"flux": flux, "unet": unet}
