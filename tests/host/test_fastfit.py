@@ -1,5 +1,6 @@
 """FastFit against an explicit joint attention, written from the paper's description over the tensors of the checkpoint alone."""
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import comfy.model_patcher
@@ -21,6 +22,8 @@ from pack.core.reference.fastfit_checkpoint import OWN, WrongFile, build, load_f
 from pack.core.reference.handle import Handle, Reference, with_references
 from pack.core.reference.injector import Keeping, attach_references
 from pack.core.reference.join import Mismatch
+from pack.core.reference.ready import Ready
+from pack.core.reference.seams import SEAMS
 from testbed import tiny, tiny_fastfit
 
 SCALE = 0.18215     # of SD 1.5's latents, published
@@ -217,6 +220,30 @@ def test_an_empty_negative_is_sampled_too(patcher):
     assert got.calls == 2 and (got.eps - (none + 2.5 * (cond - none))).abs().max() <= 1e-5 * 2.5
 
 
+@pytest.mark.parametrize(("other", "calls"), [((6, 8), 1), ((4, 12), 2)])
+def test_sizes_are_one_batch_where_they_have_as_many_tokens_at_every_resolution(patcher, other, calls):
+    """4 x 12 has the 48 tokens of 8 x 6, and as many at half of it, but not at a quarter."""
+    one, two = garment(5), garment(6, size=other)
+    got = by_pack(patcher, handle(one), cfg=2.5, negative=handle(two))
+    with torch.inference_mode():
+        cond, null = (explicit(patcher, got.x, 3.0, conditioning(), [seen]) for seen in (one, two))
+    assert got.calls == calls and (got.eps - (null + 2.5 * (cond - null))).abs().max() <= 1e-5 * 2.5
+
+
+def test_an_entry_that_is_there_already_is_lent_as_it_is_and_only_to_a_unet_of_its_layout(patcher):
+    bank = Bank()
+    first = by_pack(patcher, handle(garment(5, size=(12, 10))), bank=bank).eps
+    ready = Ready(next(iter(bank.entries.values())), seam="unet")
+    assert torch.equal(by_pack(patcher, handle(ready)).eps, first)
+    assert not ready.unfit(patcher.model.diffusion_model)
+    for name, kind in (("sd15_like", "UNetModel"), ("flux", "Flux")):
+        assert ready.unfit(model(name).model.diffusion_model) == (
+            f"FastFit upper, 80 x 96 was made for 11 blocks and {kind} has 0 of the kind; use it with the fastfit model that it was made for")
+    cut = replace(ready.entry, blocks={**ready.entry.blocks, "middle.0.0": tuple(tensor[..., :3] for tensor in ready.entry.blocks["middle.0.0"])})
+    assert Ready(cut, seam="unet").unfit(patcher.model.diffusion_model) == (
+        "FastFit upper, 80 x 96 has 8 heads of 3 channels in block middle.0.0 and the model 8 of 16; use it with the fastfit model that it was made for")
+
+
 def test_doubling_all_keys_and_values_as_the_published_code_does_changes_nothing(patcher):
     got = by_pack(patcher, handle(*OUTFITS["three"]))
     with torch.inference_mode():
@@ -301,6 +328,9 @@ def test_an_existing_replacement_is_called_with_the_larger_keys_and_values(patch
     changed.set_model_attn1_replace(replacement, "middle", 0)
     got = by_pack(changed, handle(garment()))
     assert seen == [(4, 8, 8)]
+    there = {"patches_replace": {"attn1": {("middle", 0): replacement}}}
+    segment = SimpleNamespace(entry=SimpleNamespace(blocks={"middle.0.0": None, "input.1.0": None}))
+    assert len(SEAMS["unet"](there, None, [segment], None)["patches_replace"]["attn1"]) == 3 and len(there["patches_replace"]["attn1"]) == 1
     assert (got.eps - by_pack(patcher, handle(garment())).eps).abs().max() <= 1e-5
     with pytest.raises(Mismatch, match=r"^another node replaces the self-attention of block middle.0.0 and cannot weigh references; set the weight"):
         by_pack(changed, handle(garment(), weight=0.5))
