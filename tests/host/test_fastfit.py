@@ -1,161 +1,24 @@
 """FastFit against an explicit joint attention, written from the paper's description over the tensors of the checkpoint alone."""
-import math
 from dataclasses import replace
 from types import SimpleNamespace
 
 import comfy.model_patcher
-import comfy.sample
-import comfy.samplers
 import pytest
 import torch
-from comfy.ldm.modules.attention import SpatialTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, Upsample, timestep_embedding
-from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from harness import model
-from safetensors.torch import save_file
 from torch.nn import functional as F
+from tryon import TENSORS, by_pack, conditioning, drawn, explicit, fastfit, garment, handle, softmax_attention
 
 from pack.core.reference.bank import Bank
-from pack.core.reference.fastfit import CLASSES, FastFitReference
-from pack.core.reference.fastfit_checkpoint import OWN, WrongFile, build, load_fastfit, renamed, unet_config
-from pack.core.reference.handle import Handle, Reference, with_references
-from pack.core.reference.injector import Keeping, attach_references
+from pack.core.reference.fastfit_checkpoint import Shapes, load_fastfit
+from pack.core.reference.fastfit_unet import FastFitUNet
+from pack.core.reference.handle import Handle
+from pack.core.reference.injector import Keeping
 from pack.core.reference.join import Mismatch
 from pack.core.reference.ready import Ready
 from pack.core.reference.seams import SEAMS
-from testbed import tiny, tiny_fastfit
-
-SCALE = 0.18215     # of SD 1.5's latents, published
-SIZE = (8, 6)
-TENSORS = tiny_fastfit.tensors()
-
-
-def fastfit(**changed):
-    tensors = {**TENSORS, **changed}
-    config = unet_config(tensors, "tiny")
-    return build(renamed(tensors, config, "tiny"), config, dtype=torch.float32)
-
-
-def drawn(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def garment(seed=5, label="upper", size=(8, 6)) -> FastFitReference:
-    return FastFitReference(drawn(seed, 1, 4, *size), label)
-
-
-def handle(*garments, **used) -> Handle:
-    return Handle(tuple(Reference(one, **used) for one in garments))
-
-
-def conditioning(size=SIZE, seed=21) -> list:
-    mask = (drawn(seed, 1, 1, *size) > 0).float()
-    return [[torch.zeros(1, 1, 768), {"concat_latent_image": drawn(seed + 1, 1, 4, *size), "concat_mask": mask}]]
-
-
-# The reference implementation.
-
-def softmax_attention(q, k, v, heads, weights=None):
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    odds = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).exp()
-    odds = odds if weights is None else odds * weights
-    return ((odds / odds.sum(-1, keepdim=True)) @ v).transpose(1, 2).flatten(2)
-
-
-class Features:
-    """One pass over the UNet's layers. `read`: features of references per layer, each with its weight; `written`: of this pass."""
-
-    def __init__(self, net, read=(), copies=1):
-        self.net, self.read, self.copies, self.written = net, read, copies, []
-
-    def transformer(self, layer, x):
-        b, c, h, w = x.shape
-        y = F.conv2d(F.group_norm(x, 32, layer.norm.weight, layer.norm.bias, 1e-6), layer.proj_in.weight, layer.proj_in.bias).flatten(2).transpose(1, 2)
-        for block in layer.transformer_blocks:
-            n = F.layer_norm(y, (c,), block.norm1.weight, block.norm1.bias)
-            index = len(self.written)
-            self.written.append(n)
-            seen = [n] + [features[index].expand(b, -1, -1) for features, _ in self.read]
-            weights = torch.cat([torch.full((s.shape[1],), weight) for s, weight in zip(seen, [1.0] + [w for _, w in self.read], strict=True)])
-            seen, weights = torch.cat(seen * self.copies, 1), weights.repeat(self.copies)
-            attn = block.attn1
-            out = softmax_attention(n @ attn.to_q.weight.T, seen @ attn.to_k.weight.T, seen @ attn.to_v.weight.T, 8, weights)
-            y = y + F.linear(out, attn.to_out[0].weight, attn.to_out[0].bias)
-            a, gate = F.linear(F.layer_norm(y, (c,), block.norm3.weight, block.norm3.bias), block.ff.net[0].proj.weight, block.ff.net[0].proj.bias).chunk(2, -1)
-            y = y + F.linear(a * F.gelu(gate), block.ff.net[2].weight, block.ff.net[2].bias)
-        return x + F.conv2d(y.transpose(1, 2).unflatten(2, (h, w)), layer.proj_out.weight, layer.proj_out.bias)
-
-    def through(self, layers, h, emb, shape=None):
-        for layer in layers:
-            if isinstance(layer, SpatialTransformer):
-                h = self.transformer(layer, h)
-            elif isinstance(layer, ResBlock):
-                h = layer(h, emb)
-            elif isinstance(layer, Upsample):
-                h = layer(h, shape)
-            else:
-                h = layer(h)
-        return h
-
-    def run(self, h, emb):
-        """h: after the first convolution."""
-        hs = [h]
-        for layers in self.net.input_blocks[1:]:
-            hs.append(self.through(layers, hs[-1], emb))
-        h = self.through(self.net.middle_block, hs[-1], emb)
-        for layers in self.net.output_blocks:
-            h = self.through(layers, torch.cat([h, hs.pop()], 1), emb, hs[-1].shape if hs else None)
-        return self.net.out(h)
-
-
-def features_of(patcher, one: FastFitReference, null=False) -> list:
-    """The normed input of every self-attention layer in the reference pass, from the checkpoint's own two tensors."""
-    latent = one.latent * (0 if null else SCALE)
-    net = Features(patcher.model.diffusion_model)
-    net.run(F.conv2d(latent, TENSORS["condition_conv_in.weight"], TENSORS["condition_conv_in.bias"], padding=1),
-            TENSORS["class_embedding.weight"][CLASSES.index(one.label)][None])
-    return net.written
-
-
-def explicit(patcher, x, sigma, conds, garments, weights=None, null=False, copies=1):
-    """The model's prediction of the noise."""
-    net, more = patcher.model.diffusion_model, conds[0][1]
-    weights = weights or [1.0] * len(garments)
-    batch = len(x)
-    said = torch.cat([x / math.sqrt(sigma ** 2 + 1), more["concat_mask"].expand(batch, -1, -1, -1),
-                      (more["concat_latent_image"] * SCALE).expand(batch, -1, -1, -1)], 1)
-    time = patcher.get_model_object("model_sampling").timestep(torch.full((batch,), sigma)).float()
-    read = [(features_of(patcher, one, null), weight) for one, weight in zip(garments, weights, strict=True)]
-    return Features(net, read, copies).run(F.conv2d(said, net.input_blocks[0][0].weight, net.input_blocks[0][0].bias, padding=1),
-                                           net.time_embed(timestep_embedding(time, net.model_channels)))
-
-
-# The pack, through the whole of the host's machinery.
-
-def by_pack(patcher, references: Handle, sigma=3.0, cfg=1.0, conds=None, negative=None, size=SIZE, batch=1, bank=None, keeping=None, seed=1):
-    """The first prediction of noise that a sampler gets, and what it was asked about."""
-    got = SimpleNamespace(calls=0)
-
-    def sampler(denoise, x, sigmas, extra_args=None, callback=None, disable=None):
-        got.x = x.clone()
-        got.eps = (x - denoise(x, sigmas[0] * x.new_ones(len(x)), **extra_args)) / sigmas[0]
-        return x
-
-    def counted(executor, x, *args, **kwargs):
-        got.calls += 1
-        got.rows = len(x)
-        return executor(x, *args, **kwargs)
-
-    attached = attach_references(patcher, keeping=keeping, bank=bank if bank is not None else Bank())
-    attached.add_wrapper_with_key("apply_model", "test", counted)
-    conds = conds or conditioning(size)
-    noise = drawn(seed, batch, 4, *size)
-    with torch.inference_mode():
-        comfy.sample.sample_custom(
-            attached, noise, cfg, comfy.samplers.KSAMPLER(sampler), torch.tensor([sigma, 0.0]), with_references(conds, references),
-            with_references(conds, references.other_side() if negative is None else negative), noise * 0, disable_pbar=True, seed=seed)
-    return got
+from testbed import tiny_fastfit
 
 
 @pytest.fixture(scope="module")
@@ -307,9 +170,6 @@ def test_an_entry_takes_the_bytes_that_were_reserved(patcher):
 
 def test_the_published_size_takes_the_bytes_of_the_formula():
     """33.05 MiB for 384 x 512 in fp16: 2 x 2 sum n_l T_l C_l."""
-    from pack.core.reference.fastfit_checkpoint import Shapes
-    from pack.core.reference.fastfit_unet import FastFitUNet
-
     config = {"image_size": 32, "in_channels": 9, "out_channels": 4, "model_channels": 320, "channel_mult": [1, 2, 4, 4], "num_res_blocks": [2] * 4,
               "transformer_depth": [1] * 6 + [0] * 2, "transformer_depth_output": [1] * 9 + [0] * 3, "transformer_depth_middle": 1, "num_heads": 8,
               "num_head_channels": -1, "use_spatial_transformer": True, "legacy": False, "context_dim": 768, "num_class_embeds": 5}
@@ -389,94 +249,3 @@ def test_half_precision_and_fp8_weights_give_nearly_the_same(tmp_path):
         got = by_pack(loaded, handle(garment())).eps
         assert F.cosine_similarity(got.flatten().float(), whole.flatten(), 0) > least
     assert loaded.model.diffusion_model.class_embedding.weight.dtype == torch.float8_e4m3fn
-
-
-def test_hypertile_is_refused_with_one_sentence(patcher):
-    tiled = HyperTile.execute(patcher, 32, 2, 0, False)[0]
-    with pytest.raises(Mismatch, match=r"^block input.1.0 attends in \d+ tiles, as HyperTile makes them, and references are seen as a whole; take HyperTile"):
-        by_pack(tiled, handle(garment()), size=(16, 16))
-
-
-def test_a_wrong_class_is_refused_with_one_sentence():
-    with pytest.raises(ValueError, match=r"^the class of a garment is 'hat'; choose one of upper, lower, overall, shoe, bag$"):
-        garment(label="hat")
-    few = fastfit(**{"class_embedding.weight": TENSORS["class_embedding.weight"][:3]})
-    with pytest.raises(ValueError, match=r"^the FastFit checkpoint knows the classes upper, lower, overall and a reference is of class bag; choose one that"):
-        by_pack(few, handle(garment(label="bag")))
-
-
-def test_a_wrong_base_model_is_refused_with_one_sentence():
-    for name, kind in (("sd15_like", "UNetModel"), ("flux", "Flux")):
-        with pytest.raises(ValueError, match=rf"^a FastFit reference \(upper\) came to a {kind}, which is no FastFit model; load one with the FastFit Loader$"):
-            positive = with_references(tiny.conditioning(name, 11), handle(garment()))
-            noise = tiny.noise(name)
-            comfy.sample.sample(attach_references(model(name)), noise, 2, 1.0, "euler", "simple", positive, positive, noise * 0, seed=1, disable_pbar=True)
-
-
-def test_a_latent_of_another_vae_is_refused_with_one_sentence(patcher):
-    with pytest.raises(ValueError, match=r"^the FastFit model takes latents of 4 channels and a reference has 16; encode it with the VAE of SD 1.5$"):
-        by_pack(patcher, handle(FastFitReference(drawn(1, 1, 16, 8, 6), "upper")))
-    with pytest.raises(ValueError, match=r"^a FastFit reference has one latent of 4 channels and a tensor of shape \[2, 4, 8, 6\] came; give one image"):
-        FastFitReference(drawn(1, 2, 4, 8, 6), "upper")
-
-
-def without(*keys):
-    return {key: tensor for key, tensor in TENSORS.items() if key not in keys}
-
-
-SD15 = {**TENSORS, "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": torch.zeros(32, 768)}
-LAST = "up_blocks.2.resnets.2.conv2.bias"
-WRONG = {
-    "SD 1.5": (SD15, "^x.safetensors is a UNet with cross-attention, as SD 1.5 has it, and FastFit's has none; choose unet/"),
-    "another model": ({"img_in.weight": torch.zeros(4, 4)}, "^x.safetensors has no conv_in.weight, .* but keys such as img_in.weight; choose unet/"),
-    "nothing": ({}, "^x.safetensors has no conv_in.weight, which a UNet of a diffusers folder has, but keys such as none; choose unet/"),
-    "no second convolution": (without("condition_conv_in.weight"), "^x.safetensors has no condition_conv_in.weight, which FastFit's UNet has; choose unet/"),
-    "no classes": (without("class_embedding.weight"), "^x.safetensors has no class_embedding.weight, which FastFit's UNet has; choose unet/"),
-    "four channels": ({**TENSORS, "conv_in.weight": torch.zeros(32, 4, 3, 3)}, "^x.safetensors takes 4 channels and FastFit 9: noise, mask and masked"),
-    "one more": ({**TENSORS, "lora.up": torch.zeros(1)}, "^x.safetensors has the key lora.up, which FastFit's UNet does not have; choose unet/"),
-    "one less": (without(LAST), f"^x.safetensors has no {LAST}; the file is not whole, download it again$"),
-    "no middle": ({k: v for k, v in TENSORS.items() if not k.startswith("mid_block")}, "^x.safetensors has no mid_block.attentions.0.proj_in.weight; the"),
-    "another shape": ({**TENSORS, LAST: torch.zeros(33)}, rf"^x.safetensors has {LAST} of shape \[33\] where its other layers ask for \[32\]; choose unet/"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_file_is_refused_with_one_sentence(name, tmp_path):
-    tensors, sentence = WRONG[name]
-    save_file(tensors, tmp_path / "x.safetensors")
-    with pytest.raises(WrongFile, match=sentence) as raised:
-        load_fastfit(tmp_path / "x.safetensors")
-    assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize("kept", [0, 4, 100, 0.5, 0.999])
-def test_a_truncated_file_is_refused_with_one_sentence(kept, tmp_path):
-    path = tmp_path / "x.safetensors"
-    tiny_fastfit.write(path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:int(kept * len(whole)) if isinstance(kept, float) else kept])
-    with pytest.raises(WrongFile, match=r"^x.safetensors is not a whole safetensors file \(.*\); download it again$"):
-        load_fastfit(path)
-
-
-def test_a_pickle_is_never_opened(tmp_path):
-    torch.save(TENSORS, tmp_path / "diffusion_pytorch_model.bin")
-    with pytest.raises(WrongFile, match=r"^diffusion_pytorch_model.bin is no safetensors file, and others may run code when they are opened; choose unet/"):
-        load_fastfit(tmp_path / "diffusion_pytorch_model.bin")
-
-
-def test_a_unet_of_another_depth_is_loaded_too():
-    """Two levels of one block: sizes come from the tensors, not from a table."""
-    import comfy.ops
-    import comfy.utils
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-
-    config = {**tiny_fastfit.CONFIG, "channel_mult": (1, 3), "num_res_blocks": [1, 1], "transformer_depth": [2, 0], "transformer_depth_output": [2, 1, 0, 1]}
-    own = UNetModel(**config, device="cpu", operations=comfy.ops.disable_weight_init).state_dict()
-    tensors = {theirs: own[ours] for theirs, ours in comfy.utils.unet_to_diffusers(config).items()
-               if ours in own and ".attn2." not in theirs and ".norm2." not in theirs.partition("transformer_blocks")[2]}
-    tensors |= {key: TENSORS[key] for key in OWN}
-    read = unet_config(tensors, "x")
-    assert renamed(tensors, read, "x").keys() == {key for key in own if ".attn2." not in key and ".norm2." not in key} | set(OWN)
-    for name in ("channel_mult", "num_res_blocks", "transformer_depth", "transformer_depth_output", "transformer_depth_middle", "model_channels"):
-        assert list(read[name]) == list(config[name]) if isinstance(config[name], list | tuple) else read[name] == config[name]
