@@ -9,6 +9,7 @@ log = logging.getLogger("reprise")
 GROUPS = (
     "step_cache",
     "step_cache_calibrate",
+    "fastfit",
     "run_report",
     "compare_runs",
     "references",

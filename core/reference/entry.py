@@ -36,7 +36,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Entry:
-    """Keys and values of a reference's T tokens, block by block. Nobody writes into it.
+    """Keys and values of a reference's T tokens, block by block; T may differ between blocks. Nobody writes into it.
 
     blocks: {"double.0": (K, V)}, each [1, H, T, D].
     rope: how K is positioned: "pre", not yet rotated, with `ids` [T, axes] to be rotated by; "post", rotated; "none", never.
@@ -56,14 +56,13 @@ class Entry:
     scales: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
-    def tokens(self) -> int:
-        return next(iter(self.blocks.values()))[0].shape[2]
+    def tokens(self) -> int | tuple[int, ...]:
+        """One number where all blocks have as many, as in a transformer; in a UNet one for every block."""
+        counts = tuple(k.shape[2] for k, _ in self.blocks.values())
+        return counts[0] if len(set(counts)) == 1 else counts
 
-    @property
-    def layout(self) -> object:
-        """The number of tokens, or {block: number} as a tuple where blocks differ."""
-        counts = tuple(sorted((name, k.shape[2]) for name, (k, _) in self.blocks.items()))
-        return counts[0][1] if len({count for _, count in counts}) == 1 else counts
+    def tokens_of(self, block: str) -> int:
+        return self.blocks[block][0].shape[2]
 
     @property
     def bytes(self) -> int:

@@ -3,10 +3,12 @@ from pathlib import Path
 
 import folder_paths
 
+SAFE = (".safetensors", ".sft")     # a pickle may run code when it is opened
+
 
 def model_files(kind: str) -> list[str]:
     """Names in one of the host's model folders, such as loras; safetensors files alone."""
-    return [name for name in folder_paths.get_filename_list(kind) if name.lower().endswith((".safetensors", ".sft"))]
+    return [name for name in folder_paths.get_filename_list(kind) if name.lower().endswith(SAFE)]
 
 
 def model_path(kind: str, name: str) -> Path:

@@ -40,7 +40,7 @@ def described(model, handle: Handle) -> str:
         for entry in own:
             hits = bank.hits.get(entry.key.digest)
             where = "with its node or file" if hits is None else f"in host memory, used {hits} times since it was encoded"
-            tokens = f"of {entry.layout} tokens" if isinstance(entry.layout, int) else "of several sizes"
+            tokens = f"of {entry.tokens} tokens" if isinstance(entry.tokens, int) else "of several sizes"
             lines.append(f"   {entry.bytes / MIB:.1f} MiB, {len(entry.blocks)} blocks {tokens}, {where}")
             lines += [f"      {field}: {text[:64]}" for field, text in sorted(entry.key.fields.items()) if text]
     if record is not None:

@@ -67,12 +67,12 @@ class Buffers:
         return out
 
 
-def log_weights(own: int, segments: Sequence[Segment], mask: Tensor | None, rows: int, queries: int, like: Tensor) -> Tensor | None:
-    """The mask for own and entry tokens [R or 1, 1 or H, Q, N + T]: additive, or boolean where the host's is and no weight asks for more."""
+def log_weights(own: int, segments: Sequence[Segment], mask: Tensor | None, rows: int, queries: int, like: Tensor, name: str) -> Tensor | None:
+    """The mask for own and entry tokens of a block [R or 1, 1 or H, Q, N + T]: additive, or boolean where the host's is and no weight asks for more."""
     weights = [segment.weight for segment in segments]
     if mask is None and all(weight == 1 for weight in weights):
         return None
-    biases = torch.cat([torch.full((segment.entry.tokens,), math.log(segment.weight), device=like.device) for segment in segments]).to(like.dtype)
+    biases = torch.cat([torch.full((segment.entry.tokens_of(name),), math.log(segment.weight), device=like.device) for segment in segments]).to(like.dtype)
     if mask is None:
         row = torch.cat([biases.new_zeros(own), biases])
         return row.expand(1, 1, queries, -1)
@@ -107,7 +107,7 @@ class AttentionPatch:
         pairs = [segment.block(name) for segment in self.segments]
         keys = self.buffers.joined("k", k, [[pair[0] for pair in part] for part in pairs])
         values = self.buffers.joined("v", v, [[pair[1] for pair in part] for part in pairs])
-        return {"q": q, "k": keys, "v": values, "pe": self.position(pe), "attn_mask": log_weights(own, self.segments, attn_mask, rows, q.shape[2], q)}
+        return {"q": q, "k": keys, "v": values, "pe": self.position(pe), "attn_mask": log_weights(own, self.segments, attn_mask, rows, q.shape[2], q, name)}
 
     def position(self, pe: Tensor | None) -> Tensor | None:
         """The model's code and behind it the entries': their own, or turning by nothing for what is rotated already or never is."""

@@ -7,6 +7,7 @@ from torch import Tensor
 from .entry import Entry, Key
 from .handle import Facts
 from .prefill import Put
+from .seams import LAYOUTS
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,18 +35,18 @@ class Ready:
         return self.entry.rope
 
     @property
-    def tokens(self) -> int:
+    def tokens(self) -> int | tuple[int, ...]:
         return self.entry.tokens
 
     def unfit(self, network) -> str:
-        has = {f"{kind}.{i}" for kind in ("double", "single") for i in range(len(getattr(network, f"{kind}_blocks", ())))}
-        if has != set(self.entry.blocks):
-            return (f"{self.source} was made for {len(self.entry.blocks)} blocks and {type(network).__name__} has {len(has)} of the kind; "
+        has, wants = LAYOUTS[self.seam](network), {name: (k.shape[1], k.shape[3]) for name, (k, _) in self.entry.blocks.items()}
+        if has.keys() != wants.keys():
+            return (f"{self.source} was made for {len(wants)} blocks and {type(network).__name__} has {len(has)} of the kind; "
                     f"use it with the {self.entry.family} model that it was made for")
-        heads, width = (next(iter(self.entry.blocks.values()))[0].shape[i] for i in (1, 3))
-        if (network.num_heads, network.hidden_size // network.num_heads) != (heads, width):
-            return (f"{self.source} has {heads} heads of {width} channels and the model {network.num_heads} of {network.hidden_size // network.num_heads}; "
-                    f"use it with the {self.entry.family} model that it was made for")
+        for name, (heads, width) in wants.items():
+            if has[name] != (heads, width):
+                return (f"{self.source} has {heads} heads of {width} channels in block {name} and the model {has[name][0]} of {has[name][1]}; "
+                        f"use it with the {self.entry.family} model that it was made for")
         return ""
 
     def bytes(self, network, dtype: torch.dtype) -> int:

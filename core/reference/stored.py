@@ -11,6 +11,7 @@ import torch
 
 from .entry import Entry, Key, fingerprint
 from .handle import Facts
+from .ready import Ready
 
 SAMPLES, LENGTH = 32, 1024      # tensors, and elements of each
 
@@ -77,10 +78,11 @@ class Stored:
 
     @property
     def tokens(self):
-        return self.entries[0].layout
+        return self.entries[0].tokens
 
     def unfit(self, network) -> str:
-        return ""       # told by the first call, which has all that an entry hangs on
+        """Blocks and their sizes; what else an entry hangs on is told by the first call."""
+        return Ready(self.entries[0], self.seam).unfit(network)
 
     def bytes(self, network, dtype: torch.dtype) -> int:
         return max(entry.bytes for entry in self.entries) * len(self.entries)
