@@ -11,6 +11,8 @@ GROUPS = (
     "step_cache_calibrate",
     "run_report",
     "compare_runs",
+    "templates",
+    "template_carriers",
 )
 
 

@@ -8,6 +8,8 @@ from .entry import Entry, Key
 from .handle import Facts
 from .prefill import Put
 
+NAMES = {"flux": "FLUX.1", "flux2": "FLUX.2"}
+
 
 @dataclass(frozen=True, eq=False)
 class Ready:
@@ -39,6 +41,9 @@ class Ready:
 
     def unfit(self, network) -> str:
         has = {f"{kind}.{i}" for kind in ("double", "single") for i in range(len(getattr(network, f"{kind}_blocks", ())))}
+        kind = "flux2" if getattr(getattr(network, "params", None), "global_modulation", False) else "flux"
+        if has and self.family in NAMES and self.family != kind:
+            return f"{self.source} was made for {NAMES[self.family]} and the model is {NAMES[kind]}; use it with the model that it was made for"
         if has != set(self.entry.blocks):
             return (f"{self.source} was made for {len(self.entry.blocks)} blocks and {type(network).__name__} has {len(has)} of the kind; "
                     f"use it with the {self.entry.family} model that it was made for")

@@ -24,11 +24,11 @@ LAYERS = (
 )
 NODES_MAY_SEE = ("core.attach", "core.presets", "core.run", "core.registry", "core.knob", "core.report", "core.stepcache.policies",
                  "core.stepcache.corrections", "core.stepcache.predictors", "core.stepcache.levels", "core.stepcache.calibrate", "core.stepcache.profiles",
-                 "compare", "nodes")
+                 "core.reference", "compare", "nodes")
 COMPARE_MAY_SEE = ("core.report", "compare")
 SYSTEMS = ("core.stepcache", "core.reference", "core.quant")
 MAY_IMPORT_COMFY = ("core.attach", "core.run", "core.quant", "core.reference", "core.stepcache.calibrate", "nodes._api")
-MAY_KNOW_FOLDERS = ("core.stepcache.calibrate",)    # where the user's files lie; all others are told
+MAY_KNOW_FOLDERS = ("core.stepcache.calibrate", "core.reference.templates.folder")    # where the user's files lie; all others are told
 HOST = ("comfy", "comfy_api", "comfy_extras", "comfy_execution", "nodes", "folder_paths", "execution", "latent_preview")
 DRAWING = ("numpy", "PIL", "kornia", "piq")
 FOREIGN_TO_CORE = ("server", "aiohttp", *DRAWING)
@@ -138,8 +138,9 @@ BAD = {
     "core/stepcache/y.py": ("from ...compare.metrics import psnr", "a layer above it"),
     "core/y.py": ("from PIL import Image", "does not need"),
     "core/runs.py": ("from comfy_execution.utils import get_executing_context", "only core.attach"),
-    "core/stepcache/profiles/x.py": ("import folder_paths", "only core.stepcache.calibrate may"),
-    "nodes/v.py": ("import folder_paths", "only core.stepcache.calibrate may"),
+    "core/stepcache/profiles/x.py": ("import folder_paths", "only core.stepcache.calibrate, core.reference"),
+    "nodes/v.py": ("import folder_paths", "only core.stepcache.calibrate, core.reference.templates.folder may"),
+    "core/reference/y.py": ("import folder_paths", "only core.stepcache.calibrate, core.reference.templates.folder may"),
     "nodes/w.py": ("from core.attach import attach_step_cache", "relative"),
     "core/knob.py": ("try:\n    pass\nexcept Exception:\n    pass", "catches everything"),
     "core/report.py": ("try:\n    pass\nexcept:\n    pass", "catches everything"),
