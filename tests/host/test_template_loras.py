@@ -93,7 +93,8 @@ def test_a_lora_of_one_side_and_a_scalar_template_act_together(tmp_path, model):
 
 @pytest.mark.parametrize(("weights", "said"), [
     (lora_weights(layers=("transformer_blocks.9.attn.to_q",)), r"changes layers that Flux2 has not \('transformer_blocks.9.attn.to_q'\)"),
-    (lora_weights(layers=(Q,), width=512), f"changes {Q} as a matrix of 512 x 512, and in Flux2 it is 256 x 256"),
+    (lora_weights(layers=(Q,), width=512), rf"changes {Q} as a weight of shape \[512, 512\], and in Flux2 it is \[256, 256\]"),
+    (lora_weights(layers=("diffusion_model.double_blocks.0.img_attn.norm.key_norm",)), r"shape \[256, 256\], and in Flux2 it is \[128\]"),
 ])
 def test_a_lora_for_another_model_is_told_instead_of_left_out(tmp_path, model, weights, said):
     lora = merged(template(tmp_path, weights).loras([0]), [1.0])

@@ -24,11 +24,10 @@ from ..injector import BANK
 from ..prefill import Put
 from .base import Shapes, WrongTemplate, check_width, entry_of, in_order, key_of, seen
 from .file import File
-from .names import DOUBLE, ONCE, SINGLE, renamed, split
+from .names import CHANNELS, DOUBLE, ONCE, SINGLE, renamed, size, split
 
 log = logging.getLogger("reprise")
 
-CHANNELS = 128      # of a FLUX.2 latent
 SIGN = "transformer_blocks.0.img_to_qkv.weight"
 WEIGHTS = {     # as the host's loader of diffusion models has them
     "default": {}, "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn}, "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
@@ -71,15 +70,19 @@ class Image:
             raise WrongTemplate(f"{file.name} has keys that no image template known here has ({seen(strange)}); "
                                 "load ControlNet, Edit, Upscaler or Inpaint for FLUX.2 klein")
         blocks = in_order((split(key)[0] for key in file.shapes if split(key)[0]), file.name)
-        modules = {split(key)[1] for key in file.shapes if key.endswith(".weight")}
-        for module in wanted(blocks):
-            if module not in modules:
-                raise WrongTemplate(f"{file.name} has no {module}.weight; it is not whole, download it again")
-        width, channels = file.shapes["img_embedder.weight"]
+        shapes = {module: file.shapes.get(f"{module}.weight") for module in wanted(blocks)}
+        for module, shape in shapes.items():
+            if shape is None or ("embedder" in module and len(shape) != 2):
+                raise WrongTemplate(f"{file.name} has no matrix {module}.weight; it is not whole, download it again")
+        (width, channels), (_, text) = shapes["img_embedder"], shapes["txt_embedder"]
         check_width(file, width)
         if channels != CHANNELS:
             raise WrongTemplate(f"{file.name} reads {channels} channels for a token where FLUX.2 has {CHANNELS}; what the others are is not known here, "
                                 "so load ControlNet, Edit, Upscaler or Inpaint for FLUX.2 klein")
+        for module, shape in shapes.items():
+            if shape != size(module, width, text):
+                raise WrongTemplate(f"{file.name}: {module}.weight is {list(shape)} where {list(size(module, width, text))} belongs; "
+                                    "load an image template for FLUX.2 klein")
         return cls(file, tuple(sum(block.startswith(kind) for block in blocks) for kind in ("double", "single")), width, weights)
 
     @cached_property

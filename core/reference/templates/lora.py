@@ -113,12 +113,12 @@ def unfit(model, lora: Mapping[str, Tensor], source: str) -> str:
     for layer in layers:
         place = known[layer]
         key, cut = (place, None) if isinstance(place, str) else place[:2]
-        linear = comfy.utils.get_attr(model.model, key.removesuffix(".weight"))
-        wants = (cut[2] if cut else linear.out_features, linear.in_features)
-        has = (lora[f"{layer}.lora_up.weight"].shape[0], lora[f"{layer}.lora_down.weight"].shape[1])
+        module = comfy.utils.get_attr(model.model, key.removesuffix(".weight"))
+        wants = [module.out_features, module.in_features] if hasattr(module, "out_features") else list(module.weight.shape)
+        wants = [cut[2], *wants[1:]] if cut else wants
+        has = [lora[f"{layer}.lora_up.weight"].shape[0], lora[f"{layer}.lora_down.weight"].shape[1]]
         if has != wants:
-            return (f"{source} changes {layer} as a matrix of {has[0]} x {has[1]}, and in {kind} it is {wants[0]} x {wants[1]}; "
-                    "use it with the model that it was made for")
+            return f"{source} changes {layer} as a weight of shape {has}, and in {kind} it is {wants}; use it with the model that it was made for"
     return ""
 
 
