@@ -20,9 +20,10 @@ from comfy.patcher_extension import WrappersMP
 from comfy_execution.utils import get_executing_context
 
 from .conditions import acting, conditions, hooks_of, move
+from .enlarge import enlarged
 from .families import Family, Unfamiliar, family_of
 from .report import Report
-from .reserve import cache_bytes, enlarged
+from .reserve import cache_bytes
 from .run import Run, Settings
 from .runs import Runs
 from .stepcache.calibrate import facts_of, model_facts, profiles_folder, sampler_name

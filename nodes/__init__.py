@@ -9,11 +9,13 @@ log = logging.getLogger("reprise")
 GROUPS = (
     "step_cache",
     "step_cache_calibrate",
-    "fastfit",
     "run_report",
     "compare_runs",
     "references",
     "easycontrol",
+    "fastfit",
+    "templates",
+    "template_carriers",
 )
 
 

@@ -9,6 +9,8 @@ from .handle import Facts
 from .prefill import Put
 from .seams import LAYOUTS
 
+NAMES = {"flux": "FLUX.1", "flux2": "FLUX.2"}
+
 
 @dataclass(frozen=True, eq=False)
 class Ready:
@@ -40,6 +42,9 @@ class Ready:
 
     def unfit(self, network) -> str:
         has, wants = LAYOUTS[self.seam](network), {name: (k.shape[1], k.shape[3]) for name, (k, _) in self.entry.blocks.items()}
+        kind = "flux2" if getattr(getattr(network, "params", None), "global_modulation", False) else "flux"
+        if has and self.family in NAMES and self.family != kind:
+            return f"{self.source} was made for {NAMES[self.family]} and the model is {NAMES[kind]}; use it with the model that it was made for"
         if has.keys() != wants.keys():
             return (f"{self.source} was made for {len(wants)} blocks and {type(network).__name__} has {len(has)} of the kind; "
                     f"use it with the {self.entry.family} model that it was made for")

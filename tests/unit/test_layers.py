@@ -16,6 +16,7 @@ FILES = sorted(file for part in PARTS for file in (ROOT / part).rglob("*.py")) +
 LAYERS = (
     ("kernels", 0),
     ("core.families", 1), ("core.step", 1), ("core.store", 1), ("core.registry", 1), ("core.knob", 1), ("core.report", 1), ("core.runs", 1),
+    ("core.conditions", 1), ("core.enlarge", 1),
     ("core.stepcache", 2), ("core.reference", 2), ("core.quant", 2),
     ("core.attach", 3), ("core.run", 3), ("core.presets", 3), ("core", 3),
     ("compare", 4),
@@ -28,7 +29,8 @@ NODES_MAY_SEE = ("core.attach", "core.presets", "core.run", "core.registry", "co
 COMPARE_MAY_SEE = ("core.report", "compare")
 SYSTEMS = ("core.stepcache", "core.reference", "core.quant")
 MAY_IMPORT_COMFY = ("core.attach", "core.run", "core.quant", "core.reference", "core.stepcache.calibrate", "nodes._api")
-MAY_KNOW_FOLDERS = ("core.stepcache.calibrate", "core.reference.folders")    # where the user's files lie; all others are told
+# where the user's files lie; all others are told
+MAY_KNOW_FOLDERS = ("core.stepcache.calibrate", "core.reference.folders", "core.reference.templates.folder")
 HOST = ("comfy", "comfy_api", "comfy_extras", "comfy_execution", "nodes", "folder_paths", "execution", "latent_preview")
 DRAWING = ("numpy", "PIL", "kornia", "piq")
 FOREIGN_TO_CORE = ("server", "aiohttp", *DRAWING)
@@ -138,9 +140,9 @@ BAD = {
     "core/stepcache/y.py": ("from ...compare.metrics import psnr", "a layer above it"),
     "core/y.py": ("from PIL import Image", "does not need"),
     "core/runs.py": ("from comfy_execution.utils import get_executing_context", "only core.attach"),
-    "core/stepcache/profiles/x.py": ("import folder_paths", "only core.stepcache.calibrate, "),
-    "nodes/v.py": ("import folder_paths", "only core.stepcache.calibrate, "),
-    "core/reference/y.py": ("import folder_paths", "only core.stepcache.calibrate, "),
+    "core/stepcache/profiles/x.py": ("import folder_paths", "only core.stepcache.calibrate, core.reference"),
+    "nodes/v.py": ("import folder_paths", "only core.stepcache.calibrate, core.reference"),
+    "core/reference/y.py": ("import folder_paths", "only core.stepcache.calibrate, core.reference"),
     "nodes/w.py": ("from core.attach import attach_step_cache", "relative"),
     "core/knob.py": ("try:\n    pass\nexcept Exception:\n    pass", "catches everything"),
     "core/report.py": ("try:\n    pass\nexcept:\n    pass", "catches everything"),
