@@ -29,7 +29,7 @@ from .stepcache.calibrate import facts_of, model_facts, profiles_folder, sampler
 from .stepcache.governor import stand_down
 from .stepcache.levels import Blocks, Call, GuidedOutput, ModelOutput, Seam, UnetEncoder, Unfit
 from .stepcache.profiles import read
-from .store import Row
+from .store import ASIDE, Row
 
 log = logging.getLogger("reprise")
 
@@ -268,7 +268,7 @@ def in_network(run: Run, options: dict, x, network, compute, arguments: dict | N
 
 def rows_of(run: Run | None, options: dict, x, seam: Seam) -> tuple[Row, ...]:
     """The rows of a model call, or none where the level is another one or the call is not understood: then it is computed."""
-    if run is None or run.level.seam is not seam or run.ordinal is None:
+    if run is None or run.level.seam is not seam or run.ordinal is None or options.get(ASIDE):
         return ()
     uuids, conds = options.get("uuids"), options.get("cond_or_uncond")
     first, *others = x if isinstance(x, (list, tuple)) and x else (x,)      # audio beside video

@@ -13,6 +13,7 @@ GROUPS = (
     "compare_runs",
     "references",
     "easycontrol",
+    "reference_latents",
 )
 
 
