@@ -147,6 +147,8 @@ class Freezing:
             return call.run(call.options, call.extra)
         if taking is not None and taking.short:
             self.give_up("memory ran out for the references' K and V; set storage to fp8, or use fewer references")
+        if taking is not None and taking.empty:
+            self.give_up("the model makes no tokens of its references; choose how it places them in Edit Model Reference Method")
         kept = None if taking is None or self.broken else taking.result()
         if kept is not None and stale is not None:
             self.compare(stale, output)

@@ -72,7 +72,8 @@ def not_joint(network) -> str:
     """Why no reference of this network can be cached exactly; nothing where one may be."""
     params = getattr(network, "params", None)
     if params is None or not hasattr(network, "double_blocks") or not getattr(params, "global_modulation", False) or network.vector_in is not None:
-        return f"mode 'exact' is for FLUX.2 checkpoints that were trained for it and the model is {type(network).__name__} of another kind; choose mode 'freeze'"
+        kind = type(network).__name__
+        return f"mode 'exact' is for FLUX.2 checkpoints that were trained for it and the model is a {kind} of another kind; choose mode 'freeze'"
     return ""
 
 
@@ -81,6 +82,7 @@ def unplaced(latents, method: str | None, default: str) -> str:
     if any(latent.ndim != 4 or latent.shape[0] != 1 for latent in latents):
         shape = "x".join(str(size) for size in next(latent for latent in latents if latent.ndim != 4 or latent.shape[0] != 1).shape)
         return f"a reference latent of shape {shape} came and mode 'exact' expects one picture each; give every picture a Set Reference Latent of its own"
-    if (method or default) not in BY_INDEX:
-        return f"the references are placed by '{method or default}' and mode 'exact' expects 'index'; choose it in Edit Model Reference Method, or mode 'freeze'"
+    method = method or default
+    if method not in BY_INDEX:
+        return f"the references are placed by '{method}' and mode 'exact' expects 'index'; choose it in Edit Model Reference Method, or mode 'freeze'"
     return ""

@@ -58,13 +58,15 @@ class Taking:
     ids: Tensor | None = None       # [R, T, axes]
     each: list[dict] = field(default_factory=list)
     short: bool = False             # of memory
+    empty: bool = False             # there are no reference tokens
 
     def __post_init__(self):
         self.each = [{} for _ in range(self.rows)]
 
     def put(self, name: str, k: Tensor, v: Tensor) -> None:
         """[R, H, T, D] of a block."""
-        if self.short or k.shape[0] != self.rows or not k.shape[2]:
+        self.empty = self.empty or not k.shape[2]
+        if self.short or self.empty or k.shape[0] != self.rows:
             return
         try:
             for row, blocks in enumerate(self.each):

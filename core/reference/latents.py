@@ -62,6 +62,7 @@ class Record:
     served: bool = False    # otherwise the run was the host's own
     full: int = 0           # evaluations with the references in the sequence
     frozen: int = 0
+    mixed: int = 0          # of some conditions in it and of others frozen
     bytes: int = 0
     errors: dict[int, float] = field(default_factory=dict)      # relative L2, by evaluation
     reasons: list[str] = field(default_factory=list)
@@ -71,7 +72,7 @@ class Record:
         text = f"Reference Latent Cache, {self.mode}: "
         if not self.references:
             return text + "no condition carries a reference latent, so nothing was changed"
-        reasons = "".join(f"; {reason}" for reason in self.reasons)
+        reasons = "".join(f"; {reason}" for reason in [*self.reasons, *(self.entries.reasons if self.entries else ())])
         if not self.served:
             return text + reasons[2:]
         if self.entries is not None:
@@ -80,13 +81,14 @@ class Record:
                     f"{len(self.entries.found)} from the bank" if self.entries.found else "",
                     f"{self.entries.bytes / MIB:.1f} MiB, {self.entries.place}; exact for a checkpoint that was trained so, another picture with any other"]
             return text + ", ".join(part for part in done if part) + reasons
-        done = f"{self.full} evaluations in full, {self.frozen} with frozen references (approximate), {self.bytes / MIB:.1f} MiB"
+        mixed = f", {self.mixed} with some of each" if self.mixed else ""
+        done = f"{self.full} evaluations in full, {self.frozen} with frozen references (approximate){mixed}, {self.bytes / MIB:.1f} MiB"
         if self.errors:
             worst = max(self.errors, key=self.errors.get)
             last = next(reversed(self.errors))
             done += f", measured error {self.errors[last]:.2%} of the denoised latent at evaluation {last}"
             done += f", at worst {self.errors[worst]:.2%} at evaluation {worst}" if len(self.errors) > 1 else ""
-        elif self.frozen:
+        elif self.frozen or self.mixed:
             done += ", error not measured"
         return text + done + reasons
 
@@ -178,11 +180,12 @@ class Run:
     def close(self) -> Record:
         record, freezing, self.freezing = self.record, self.freezing, None
         if freezing is not None:
-            record.full, record.frozen = len(freezing.full_in), len(freezing.frozen_in - freezing.full_in)
+            full, frozen = freezing.full_in, freezing.frozen_in
+            record.full, record.frozen, record.mixed = len(full - frozen), len(frozen - full), len(full & frozen)
             record.bytes, record.errors = freezing.peak, freezing.errors
             if freezing.broken:
                 record.reasons.append(f"{freezing.broken}, so the rest was computed in full")
-            elif not record.frozen:
+            elif not frozen:
                 record.reasons.append("no evaluation came after those that are computed in full")
         return record
 

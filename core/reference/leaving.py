@@ -153,11 +153,14 @@ class ByLayers:
         return network.dim
 
     def tokens(self, network, cond: dict) -> int:
+        """Each reference is its text, what a vision encoder saw of it, and its latent; the picture too has a place for the second."""
         latents, texts = cond["reference_latents"], cond.get("reference_latents_text_embeds") or ()
-        counts = [image_tokens(latent.shape, network.patch_size) for latent in latents] + [text.shape[1] for text in texts]
+        counts = [image_tokens(latent.shape, network.patch_size) for latent in latents]
+        counts += [texts[i].shape[1] if i < len(texts) else 1 for i in range(len(latents))]
         if network.siglip_embedder is not None:
             seen = cond.get("clip_vision_outputs") or [part.get("clip_vision_output") for part in cond.get("unclip_conditioning", ())]
-            counts += [vision.last_hidden_state[0].shape[0] for vision in seen if vision is not None] + [1]     # the picture's own are padding
+            seen = [vision.last_hidden_state.shape[1] for vision in seen if vision is not None][:len(latents)]
+            counts += seen + [1] * (len(latents) + 1 - len(seen))
         multiple = network.pad_tokens_multiple or 1
         return sum(-(-count // multiple) * multiple for count in counts)
 

@@ -6,13 +6,18 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
+from comfy.ldm.flux.layers import timestep_embedding
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_edit_model import ReferenceLatent
-from comfy_extras.nodes_flux import FluxKVCache, FluxKontextMultiReferenceLatentMethod
-from harness import STEPS, attached, model, sample, spied
+from comfy_extras.nodes_flux import FluxKontextMultiReferenceLatentMethod, FluxKVCache
+from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+from harness import STEPS, Control, attached, model, sample, spied
+from test_easycontrol import condition, turned
+from torch.nn import functional as F
 
-from pack.core.reference import injector, latents
+from pack.core.reference import injector, join, kept, latents
 from pack.core.reference.bank import Bank
+from pack.core.reference.handle import Handle, Reference, with_references
 from pack.core.reference.injector import attach_references
 from pack.core.reference.latents import Settings, attach_reference_latents
 from pack.nodes import reference_latents as group
@@ -25,7 +30,7 @@ OMNI = NEXTDIT | {
 KINDS = {
     "flux": tiny.KINDS["flux"], "flux2": tiny.KINDS["flux2"], "qwen_image": ZOO["qwen_image"],
     "qwen_2511": Kind(**{**vars(ZOO["qwen_image"]), "config": ZOO["qwen_image"].config | {"default_ref_method": "index_timestep_zero"}}),
-    "krea2": Kind(**{**vars(ZOO["krea2"]), "config": ZOO["krea2"].config | {"kvheads": 1, "default_ref_method": "index_timestep_zero"}}),
+    "krea2_edit": Kind(**{**vars(ZOO["krea2"]), "config": ZOO["krea2"].config | {"kvheads": 1, "default_ref_method": "index_timestep_zero"}}),
     "omni": Kind(host="ZImage", config=OMNI, channels=16, text=16),
     "omni_plain": Kind(host="ZImage", config=OMNI | {"siglip_feat_dim": None}, channels=16, text=16),
 }
@@ -112,6 +117,17 @@ def test_exact_mode_equals_masked_joint_attention_over_references_at_time_zero(r
     assert unmasked > 1e-3 and off <= 1e-5
 
 
+def test_exact_mode_places_references_as_the_host_does_where_positions_are_scaled():
+    def scaled(patched):
+        clone = patched.clone()
+        clone.model_options["transformer_options"]["rope_options"] = {"scale_x": 1.5, "scale_y": 0.5, "shift_x": 1.0, "shift_y": 2.0, "shift_t": 3.0}
+        return clone
+
+    off, _ = compared((31, 32), patched=scaled(patcher("flux2")))
+    plain, scaled_run = (sample(exact(patched), "flux2", **both("flux2")) for patched in (patcher("flux2"), scaled(patcher("flux2"))))
+    assert off <= 1e-5 and not near(plain, scaled_run, 1e-3)
+
+
 @pytest.mark.parametrize("sampling", [{"batch": 3}, {"cfg": 1.0}, {"sampler": "heun"}, {"size": (6, 10)}], ids=str)
 def test_exact_mode_holds_for_batches_without_guidance_and_for_other_samplers_and_shapes(sampling):
     off, unmasked = compared((31, 32), **sampling)
@@ -120,9 +136,6 @@ def test_exact_mode_holds_for_batches_without_guidance_and_for_other_samplers_an
 
 def explicit_flux2(x, sigma, context, refs):
     """One velocity of a FLUX.2, written out: references at t = 0, blind to text and image, all tokens carried through every layer."""
-    from comfy.ldm.flux.layers import timestep_embedding
-    from test_easycontrol import turned
-    from torch.nn import functional as F
     net = network_of("flux2")
     heads, width, params = net.num_heads, net.hidden_size, net.params
     context = F.pad(context, (0, 0, 512 - context.shape[1], 0))
@@ -295,13 +308,13 @@ def test_what_exact_mode_cannot_serve_is_the_host_s_own_run_and_says_why(name, r
 # freeze --------------------------------------------------------------------------------------------------------------
 def stacks(name: str) -> list:
     net = network_of(name)
-    return next(list(found) for attribute in ("single_blocks", "transformer_blocks", "blocks", "layers") if (found := getattr(net, attribute, None)) is not None)
+    return list(next(getattr(net, attribute) for attribute in ("single_blocks", "transformer_blocks", "blocks", "layers") if hasattr(net, attribute)))
 
 
 def rows_of(name: str, patched, **sampling) -> list[int]:
     """Tokens of image and references that the last block's linear layers see, call by call."""
-    texts, lengths, block = {"flux2": 512, "flux": 7, "krea2": 7}, [], stacks(name)[-1]
-    layer = {"qwen_image": "attn.to_q", "qwen_2511": "attn.to_q", "krea2": "attn.wq", "omni": "feed_forward.w1", "omni_plain": "feed_forward.w1"}.get(name)
+    texts, lengths, block = {"flux2": 512, "flux": 7, "krea2_edit": 7}, [], stacks(name)[-1]
+    layer = {"qwen_image": "attn.to_q", "qwen_2511": "attn.to_q", "krea2_edit": "attn.wq", "omni": "feed_forward.w1", "omni_plain": "feed_forward.w1"}.get(name)
     layer = block.get_submodule(layer or "linear1")
     handle = layer.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
     try:
@@ -351,66 +364,54 @@ def test_k_and_v_taken_at_the_same_sigma_and_latent_give_the_full_prediction(nam
     assert torch.equal(got[1], got[2]) and (got[0] - got[1]).abs().max() <= 2e-5 * got[0].abs().max()
 
 
-class Watch:
-    """The denoised prediction of every model call, rows in the order of the conditions, and whether references were in it."""
-
-    def __init__(self):
-        self.calls = []
-
-    def on(self, patched):
-        def wrapper(executor, *args, **kwargs):
-            output = executor(*args, **kwargs)
-            self.calls.append(output.clone())
-            return output
-
-        clone = patched.clone()
-        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test.watch", wrapper)     # behind the cache, so it sees the calls made for measuring
-        return clone
-
-
 def told(frozen, full) -> float:
     return ((frozen - full).double().norm() / full.double().norm()).item()
 
 
-@pytest.mark.parametrize("name", FREEZE)
-def test_the_error_that_is_told_is_that_of_the_first_frozen_evaluation(name):
-    records, watch = [], Watch()
-    plain = sample(cached(patcher(name)), name, **both(name))
-    measured = sample(watch.on(cached(patcher(name), records, measure=True)), name, **both(name))
-    assert torch.equal(plain, measured) and list(records[0].errors) == [2]
-    calls = len(watch.calls) // (STEPS + 1)      # of an evaluation
-    begin = 2 * calls
-    pairs = watch.calls[begin: begin + 2 * calls]
-    frozen, full = torch.cat(pairs[0::2]), torch.cat(pairs[1::2])
-    # the host, at that very latent, agrees with the full one
-    assert records[0].errors[2] == pytest.approx(told(frozen, full), rel=1e-6) and records[0].errors[2] > 1e-6
-    assert f"{records[0].errors[2]:.2%}" in records[0].line()
+def replayed(patched, name, points, cfg):
+    """The guided predictions of a model at these latents and sigmas, in one run."""
+    got = []
 
-
-@pytest.mark.parametrize("name", ["flux2", "qwen_2511", "omni"])
-def test_the_full_prediction_that_errors_are_told_against_is_the_host_s(name):
-    """At each refresh the run goes on with the full prediction, so the host's at the same latent must be it."""
-    records, inputs, outputs = [], [], []
-
-    def euler(denoise, x, sigmas, extra_args=None, callback=None, disable=None):
-        for now, following in zip(sigmas, sigmas[1:], strict=False):
-            inputs.append((x.clone(), now))
-            outputs.append(denoise(x, now * x.new_ones(len(x)), **extra_args).clone())
-            x = outputs[-1] + (x - outputs[-1]) * following / now
+    def sampler(denoise, x, sigmas, extra_args=None, callback=None, disable=None):
+        got.extend(denoise(x, now * x.new_ones(len(x)), **extra_args).clone() for x, now in points)
         return x
 
-    def again(denoise, x, sigmas, extra_args=None, callback=None, disable=None):
-        hosts.extend(denoise(x, now * x.new_ones(len(x)), **extra_args).clone() for x, now in inputs)
-        return x
-
-    noise, hosts, sigmas = tiny.noise(name), [], torch.linspace(0.9, 0.2, 8)
+    noise = tiny.noise(name)
     with torch.inference_mode():
-        for patched, sampler in ((cached(patcher(name), records, refresh=3), euler), (patcher(name), again)):
-            comfy.sample.sample_custom(patched, noise, 1.0, comfy.samplers.KSAMPLER(sampler), sigmas, *both(name).values(), noise * 0, disable_pbar=True, seed=1)
-    same = [torch.equal(a, b) for a, b in zip(outputs, hosts, strict=True)]
-    assert same == [True, True, False, False, True, False, False] and list(records[0].errors) == [4]
-    # K and V of evaluation 1 at the latent of evaluation 4, beside the host's prediction there: frozen anew from evaluation 1
-    assert (records[0].full, records[0].frozen) == (3, 4) and 1e-6 < records[0].errors[4] < 1
+        comfy.sample.sample_custom(patched, noise, cfg, comfy.samplers.KSAMPLER(sampler), torch.tensor([0.9, 0.2]), *both(name).values(), noise * 0,
+                                   disable_pbar=True, seed=1)
+    return got
+
+
+@pytest.mark.parametrize("name", FREEZE)
+def test_the_errors_that_are_told_are_the_true_ones_of_their_evaluations(name):
+    """The first frozen evaluation, and a refresh: against the host at the very same latents, with K and V of the same evaluation."""
+    points = [(torch.randn(tiny.noise(name).shape, generator=torch.Generator().manual_seed(i)), torch.tensor(0.9 - 0.1 * i)) for i in range(7)]
+    records, silent = [], []
+    run = replayed(cached(patcher(name), records, refresh=3, measure=True), name, points, cfg=1.0)
+    unmeasured = replayed(cached(patcher(name), silent, refresh=3), name, points, cfg=1.0)
+    hosts, from_1 = (replayed(patched, name, points, cfg=1.0) for patched in (patcher(name), cached(patcher(name))))
+    assert all(map(torch.equal, run, unmeasured)) and list(silent[0].errors) == [4] and list(records[0].errors) == [2, 4]
+    assert [torch.equal(a, b) for a, b in zip(run, hosts, strict=True)] == [True, True, False, False, True, False, False]
+    assert records[0].errors[2] == pytest.approx(told(run[2], hosts[2]), rel=1e-9) and records[0].errors[2] > 1e-6
+    assert records[0].errors[4] == pytest.approx(told(from_1[4], hosts[4]), rel=1e-9) and silent[0].errors[4] == records[0].errors[4]
+    assert f"{records[0].errors[4]:.2%} of the denoised latent at evaluation 4" in records[0].line()
+    assert (records[0].full, records[0].frozen, records[0].mixed) == (3, 4, 0)
+
+
+def test_the_error_is_that_of_all_conditions_together():
+    records, watched = [], []
+
+    def wrapper(executor, *args, **kwargs):
+        watched.append(executor(*args, **kwargs).clone())
+        return watched[-1]
+
+    patched = cached(patcher("flux2"), records, measure=True)
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test.watch", wrapper)     # behind the cache, so it sees what is computed to measure
+    conds = {"positive": conditioning("flux2", 11, *references("flux2", 31, 32)), "negative": conditioning("flux2", 12, *references("flux2", 33))}
+    sample(patched, "flux2", **conds)       # of unlike references, so each is a call
+    frozen, full = torch.cat(watched[4:8:2]), torch.cat(watched[5:8:2])
+    assert records[0].errors == {2: pytest.approx(told(frozen, full), rel=1e-9)}
 
 
 @pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image", "omni"])
@@ -426,7 +427,7 @@ def test_each_condition_and_each_picture_of_a_batch_has_its_own_k_and_v(name):
     assert not near(sample(patched, name, noise=noise, **shared), whole, 1e-3)
 
 
-@pytest.mark.parametrize("name", ["flux2", "qwen_image", "krea2", "omni"])
+@pytest.mark.parametrize("name", ["flux2", "qwen_image", "krea2_edit", "omni"])
 def test_positive_and_negative_of_unlike_references_are_run_apart_and_kept_apart(name):
     conds = {"positive": conditioning(name, 11, *references(name, 31, 32)), "negative": conditioning(name, 12, *references(name, 33))}
     records = []
@@ -451,7 +452,7 @@ def test_conditions_that_start_late_are_in_full_first():
     conds = {"positive": early + late, "negative": conditioning("flux2", 12, *references("flux2", 31))}
     records = []
     sample(cached(patcher("flux2"), records), "flux2", **conds)
-    assert 3 <= records[0].full <= 4 and records[0].frozen == STEPS - records[0].full
+    assert records[0].full + records[0].mixed == 4 and records[0].frozen == STEPS - 4
 
 
 def test_fp8_halves_what_is_kept_or_better_and_is_further_off():
@@ -467,21 +468,15 @@ def test_fp8_halves_what_is_kept_or_better_and_is_further_off():
 
 
 @pytest.mark.parametrize("name", FREEZE)
-def test_what_is_reserved_is_what_is_kept(name):
-    records, asked = [], []
-    patched = cached(patcher(name), records)
-    spy = spied(patched, WrappersMP.PREPARE_SAMPLING, lambda executor, args, kwargs: asked.append(args[1]))
-    needed, real = [], latents.Freezing.needed
-    latents.Freezing.needed = lambda self, *args: needed.append(real(self, *args)) or needed[-1]
-    try:
-        sample(spy, name, batch=2, **both(name))
-    finally:
-        latents.Freezing.needed = real
+def test_what_is_reserved_is_what_is_kept(name, monkeypatch):
+    records, asked, needed, real = [], [], [], latents.Freezing.needed
+    monkeypatch.setattr(latents.Freezing, "needed", lambda self, *args: needed.append(real(self, *args)) or needed[-1])
+    spy = spied(cached(patcher(name), records), WrappersMP.PREPARE_SAMPLING, lambda executor, args, kwargs: asked.append(args[1]))
+    sample(spy, name, batch=2, **both(name))
     assert needed[0] <= records[0].bytes <= needed[0] * 1.1 and asked[0][-1] > tiny.noise(name).shape[-1]
 
 
 def test_freezing_goes_together_with_controlnet_and_an_attention_override():
-    from harness import Control
     calls = []
 
     def override(func, *args, **kwargs):
@@ -498,6 +493,75 @@ def test_freezing_goes_together_with_controlnet_and_an_attention_override():
     records = []
     got = sample(cached(patcher("flux2"), records), "flux2", **both("flux2", **control))
     assert records[0].frozen == STEPS - 2 and not near(got, sample(cached(patcher("flux2")), "flux2", **both("flux2")), 1e-3)
+
+
+def test_a_krea_2_that_makes_no_tokens_of_its_references_is_left_alone_and_the_reason_is_told():
+    records, latent = [], references("krea2_edit", 31)[0]
+    conds = [ReferenceLatent.execute(tiny.conditioning("krea2", seed), {"samples": latent}).result[0] for seed in (11, 12)]
+    got = sample(cached(model("krea2"), records), "krea2", positive=conds[0], negative=conds[1])
+    assert torch.equal(got, sample(model("krea2"), "krea2", positive=conds[0], negative=conds[1])) and "Edit Model Reference Method" in records[0].line()
+
+
+def test_tiles_are_computed_in_full():
+    def tiled(patched):
+        clone = patched.clone()
+        clone.set_model_unet_function_wrapper(lambda apply, args: torch.cat([
+            apply(args["input"][..., part:part + 4], args["timestep"], **args["c"]) for part in (0, 4)], -1))
+        return clone
+
+    records = []
+    assert torch.equal(sample(tiled(cached(patcher("flux2"), records)), "flux2", **both("flux2")), sample(tiled(patcher("flux2")), "flux2", **both("flux2")))
+    assert "as tiling does" in records[0].line() and not records[0].frozen
+
+
+@pytest.mark.parametrize("name", ["flux2", "omni"])
+@pytest.mark.parametrize("where", ["taking", "attending"])
+def test_without_memory_for_it_the_run_is_the_host_s_own(name, where, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    if where == "taking":
+        monkeypatch.setattr(kept, "stored", full)
+    else:
+        monkeypatch.setattr(join.Buffers, "joined", full)
+    records = []
+    assert torch.equal(sample(cached(patcher(name), records), name, **both(name)), sample(patcher(name), name, **both(name)))
+    assert "memory ran out" in records[0].line() and not records[0].frozen
+
+
+def test_a_compiled_model_is_computed_in_full():
+    records, compiled = [], patcher("flux2").clone()
+    compiled.add_wrapper_with_key(WrappersMP.APPLY_MODEL, latents.COMPILE, lambda executor, *args, **kwargs: executor(*args, **kwargs))
+    assert torch.equal(sample(cached(compiled, records), "flux2", **both("flux2")), sample(patcher("flux2"), "flux2", **both("flux2")))
+    assert "torch.compile" in records[0].line()
+
+
+def test_guidance_that_skips_layers_is_computed_in_full_beside_a_frozen_main_pass():
+    def guided(patched):
+        return SkipLayerGuidanceDiT.execute(patched, 2.0, 0.0, 1.0, "", "1").result[0]
+
+    records = []
+    got = sample(cached(guided(patcher("flux2")), records), "flux2", **both("flux2"))
+    assert (records[0].full, records[0].frozen, records[0].mixed) == (2, 0, STEPS - 2)
+    full, unguided = sample(guided(patcher("flux2")), "flux2", **both("flux2")), sample(patcher("flux2"), "flux2", **both("flux2"))
+    assert 1e-6 < told(got, full) < told(unguided, full)
+
+
+@pytest.mark.parametrize("order", ["injector first", "injector last"])
+def test_frozen_references_go_together_with_easycontrol(order):
+    net, name, bank = network_of("flux"), "flux", Bank()
+    handle = Handle((Reference(condition(net)),))
+    conds = {side: with_references(texts, handle) for side, texts in both(name).items()}
+
+    def made(**settings):
+        if order == "injector first":
+            return cached(attach_references(patcher(name), bank=bank), **settings)
+        return attach_references(cached(patcher(name), **settings), bank=bank)
+
+    full = sample(attach_references(patcher(name), bank=bank), name, **conds)
+    assert torch.equal(sample(made(refresh=1), name, **conds), full)
+    without = sample(patcher(name), name, **both(name))
+    assert 1e-6 < told(sample(made(), name, **conds), full) < told(without, full)
 
 
 # what both modes promise ----------------------------------------------------------------------------------------------
@@ -521,17 +585,20 @@ def test_a_model_that_is_not_known_is_the_host_s_own_run_and_says_so(name, mode)
     assert "computed in full" in records[0].line() and "0 evaluations" not in records[0].line()
 
 
+def hooked(patched) -> dict:
+    return {name: (len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module)) for name, module in patched.model.named_modules()}
+
+
 @pytest.mark.parametrize("mode", ["exact", "freeze"])
 def test_nothing_is_left_on_the_model(mode):
     base = patcher("flux2")
     wrappers = {kind: {key: list(held) for key, held in found.items()} for kind, found in base.wrappers.items()}
     options = dict(base.model_options["transformer_options"])
-    hooks = {name: (len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module)) for name, module in base.model.named_modules()}
-    patched = cached(base, mode=mode)
+    patched, hooks = cached(base, mode=mode), hooked(base)
     sample(patched, "flux2", **both("flux2"))
     assert {kind: {key: list(held) for key, held in found.items()} for kind, found in base.wrappers.items()} == wrappers
     assert base.model_options["transformer_options"] == options and latents.RUN not in patched.model_options["transformer_options"]
-    assert hooks == {name: (len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module)) for name, module in base.model.named_modules()}
+    assert hooked(base) == hooks
 
 
 @pytest.mark.parametrize("name", ["flux2", "omni"])
@@ -605,8 +672,8 @@ def test_the_node_s_schema_is_valid_says_what_is_approximate_and_is_off_by_defau
 
 
 def test_the_node_puts_its_settings_on_the_model_and_refuses_what_cannot_be():
-    settings = execute(mode="freeze", full_evaluations=4, refresh_every=5, measure=True, storage="fp8").model_options["transformer_options"][latents.KEY].settings
-    assert settings == Settings("freeze", 4, 5, True, "fp8")
+    patched = execute(mode="freeze", full_evaluations=4, refresh_every=5, measure=True, storage="fp8")
+    assert patched.model_options["transformer_options"][latents.KEY].settings == Settings("freeze", 4, 5, True, "fp8")
     for wrong in ({"full_evaluations": 0}, {"refresh_every": -1}, {"full_evaluations": float("nan")}, {"mode": "magic"}, {"mode": "exact", "storage": "fp8"}):
         with pytest.raises(ValueError) as caught:
             execute(**{"mode": "freeze"} | wrong)
