@@ -19,7 +19,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_execution.utils import get_executing_context
 
-from .conditions import acting, conditions, hooks_of, move
+from .conditions import acting, conditions, hooks_of, move, window_of
 from .families import Family, Unfamiliar, family_of
 from .report import Report
 from .reserve import cache_bytes, enlarged
@@ -278,11 +278,6 @@ def rows_of(run: Run | None, options: dict, x, seam: Seam) -> tuple[Row, ...]:
     shape = (first.shape[0] // len(uuids), *first.shape[1:], *(tuple(other.shape[1:]) for other in others))
     patches = frozenset((kind, key) for kind, blocks in options.get("patches_replace", {}).items() for key in blocks)
     return run.rows(str(first.device), uuids, conds, window_of(options), shape, patches)
-
-
-def window_of(options: dict) -> tuple | None:
-    window = options.get("context_window")
-    return None if window is None else tuple(window.index_list)
 
 
 WRAPPERS = {

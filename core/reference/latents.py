@@ -13,7 +13,7 @@ import comfy.model_patcher
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ..conditions import conditions
+from ..conditions import conditions, window_of
 from ..families import family_of
 from ..reserve import enlarged, image_tokens
 from . import injector
@@ -232,11 +232,6 @@ def predict_noise(executor, x, timestep, model_options=None, seed=None):
         return executor(x, timestep, model_options, seed)
     finally:
         freezing.finish()
-
-
-def window_of(options: dict) -> tuple | None:
-    window = options.get("context_window")
-    return None if window is None else tuple(window.index_list)
 
 
 def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):

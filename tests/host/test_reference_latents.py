@@ -28,7 +28,7 @@ from testbed.zoo import NEXTDIT, ZOO
 OMNI = NEXTDIT | {
     "z_image_modulation": True, "dim": 256, "axes_dims": [32, 48, 48], "pad_tokens_multiple": 8, "siglip_feat_dim": 16, "n_refiner_layers": 1, "n_layers": 3}
 KINDS = {
-    "flux": tiny.KINDS["flux"], "flux2": tiny.KINDS["flux2"], "qwen_image": ZOO["qwen_image"],
+    "flux": tiny.KINDS["flux"], "flux_longcat": ZOO["flux_longcat"], "flux2": tiny.KINDS["flux2"], "qwen_image": ZOO["qwen_image"],
     "qwen_2511": Kind(**{**vars(ZOO["qwen_image"]), "config": ZOO["qwen_image"].config | {"default_ref_method": "index_timestep_zero"}}),
     "krea2_edit": Kind(**{**vars(ZOO["krea2"]), "config": ZOO["krea2"].config | {"kvheads": 1, "default_ref_method": "index_timestep_zero"}}),
     "omni": Kind(host="ZImage", config=OMNI, channels=16, text=16),
@@ -313,7 +313,7 @@ def stacks(name: str) -> list:
 
 def rows_of(name: str, patched, **sampling) -> list[int]:
     """Tokens of image and references that the last block's linear layers see, call by call."""
-    texts, lengths, block = {"flux2": 512, "flux": 7, "krea2_edit": 7}, [], stacks(name)[-1]
+    texts, lengths, block = {"flux2": 512, "flux": 7, "flux_longcat": 7, "krea2_edit": 7}, [], stacks(name)[-1]
     layer = {"qwen_image": "attn.to_q", "qwen_2511": "attn.to_q", "krea2_edit": "attn.wq", "omni": "feed_forward.w1", "omni_plain": "feed_forward.w1"}.get(name)
     layer = block.get_submodule(layer or "linear1")
     handle = layer.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
@@ -599,6 +599,19 @@ def test_nothing_is_left_on_the_model(mode):
     assert {kind: {key: list(held) for key, held in found.items()} for kind, found in base.wrappers.items()} == wrappers
     assert base.model_options["transformer_options"] == options and latents.RUN not in patched.model_options["transformer_options"]
     assert hooked(base) == hooks
+
+
+@pytest.mark.parametrize("mode", ["exact", "freeze"])
+def test_a_guider_that_samples_twice_has_its_options_back_and_keeps_its_references(mode):
+    guider, noise = comfy.samplers.CFGGuider(cached(attach_references(patcher("flux2"), bank=Bank()), mode=mode)), tiny.noise("flux2")
+    guider.set_conds(*both("flux2").values())
+    guider.set_cfg(3.0)
+    options = guider.model_options
+    with torch.inference_mode():
+        runs = [guider.sample(noise, noise * 0, comfy.samplers.sampler_object("euler"), torch.linspace(1, 0, 6), disable_pbar=True, seed=1) for _ in range(2)]
+    assert guider.model_options is options and torch.equal(*runs)
+    bare = sample(patcher("flux2"), "flux2", positive=conditioning("flux2", 11), negative=conditioning("flux2", 12), steps=5, sigmas=torch.linspace(1, 0, 6))
+    assert not near(runs[1], bare, 1e-3)
 
 
 @pytest.mark.parametrize("name", ["flux2", "omni"])
