@@ -19,9 +19,9 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_execution.utils import get_executing_context
 
-from .conditions import acting, conditions, hooks_of, move
-from .enlarge import enlarged
+from .conditions import acting, conditions, hooks_of, move, window_of
 from .families import Family, Unfamiliar, family_of
+from .memory import enlarged
 from .report import Report
 from .reserve import cache_bytes
 from .run import Run, Settings
@@ -30,7 +30,7 @@ from .stepcache.calibrate import facts_of, model_facts, profiles_folder, sampler
 from .stepcache.governor import stand_down
 from .stepcache.levels import Blocks, Call, GuidedOutput, ModelOutput, Seam, UnetEncoder, Unfit
 from .stepcache.profiles import read
-from .store import Row
+from .store import ASIDE, Row
 
 log = logging.getLogger("reprise")
 
@@ -269,7 +269,7 @@ def in_network(run: Run, options: dict, x, network, compute, arguments: dict | N
 
 def rows_of(run: Run | None, options: dict, x, seam: Seam) -> tuple[Row, ...]:
     """The rows of a model call, or none where the level is another one or the call is not understood: then it is computed."""
-    if run is None or run.level.seam is not seam or run.ordinal is None:
+    if run is None or run.level.seam is not seam or run.ordinal is None or options.get(ASIDE):
         return ()
     uuids, conds = options.get("uuids"), options.get("cond_or_uncond")
     first, *others = x if isinstance(x, (list, tuple)) and x else (x,)      # audio beside video
@@ -279,11 +279,6 @@ def rows_of(run: Run | None, options: dict, x, seam: Seam) -> tuple[Row, ...]:
     shape = (first.shape[0] // len(uuids), *first.shape[1:], *(tuple(other.shape[1:]) for other in others))
     patches = frozenset((kind, key) for kind, blocks in options.get("patches_replace", {}).items() for key in blocks)
     return run.rows(str(first.device), uuids, conds, window_of(options), shape, patches)
-
-
-def window_of(options: dict) -> tuple | None:
-    window = options.get("context_window")
-    return None if window is None else tuple(window.index_list)
 
 
 WRAPPERS = {

@@ -39,3 +39,9 @@ def within(sigma: float, start: float | None, end: float | None) -> bool:
         return True
     now = torch.tensor(sigma)
     return (start is None or bool(now <= float(start))) and (end is None or bool(now >= float(end)))
+
+
+def window_of(options: dict) -> tuple | None:
+    """The context window of a model call, from its transformer options."""
+    window = options.get("context_window")
+    return None if window is None else tuple(window.index_list)

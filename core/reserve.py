@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
+from .memory import image_tokens
 from .run import Run
 from .stepcache.levels import Seam
 from .store import ITEMSIZE
@@ -42,10 +43,3 @@ def token_elements(shape: Sequence[int], network, text: int = 0, references: Seq
         return None
     tokens = sum(map(partial(image_tokens, patch=patch), (shape, *references)))
     return shape[0] * (tokens + math.ceil(text / 32) * 32) * width
-
-
-def image_tokens(shape: Sequence[int], patch: int | Sequence[int]) -> int:
-    sizes = shape[2:]
-    patches = [patch] * 2 if isinstance(patch, int) else list(patch)
-    patches = [1] * (len(sizes) - len(patches)) + patches[-len(sizes):]
-    return math.prod(math.ceil(size / p) for size, p in zip(sizes, patches, strict=True))

@@ -19,6 +19,7 @@ ITEMSIZE = {"same": 8, "bf16": 2, "fp8": 1}     # bytes at most per element
 STORAGE = tuple(ITEMSIZE)
 FP8 = torch.float8_e4m3fn
 MIB = 1 << 20
+ASIDE = "reprise.aside"     # in transformer_options: this model call measures something beside the run, and no cache takes part in it
 
 
 class Snapshot(NamedTuple):

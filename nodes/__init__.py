@@ -16,6 +16,7 @@ GROUPS = (
     "fastfit",
     "templates",
     "template_carriers",
+    "reference_latents",
 )
 
 

@@ -17,7 +17,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..conditions import within
-from ..enlarge import enlarged
+from ..memory import enlarged
 from .bank import MIB, Bank
 from .entry import EXACT, Entry, Key, in_eight_bits
 from .handle import NAME, CONDReferences, Facts, Handle, Handles, Reference, handle_of

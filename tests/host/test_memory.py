@@ -29,7 +29,7 @@ from harness import (
 
 from pack.core import run as core_run
 from pack.core.attach import RUN
-from pack.core.enlarge import enlarged
+from pack.core.memory import enlarged
 from pack.core.reserve import token_elements
 from pack.core.run import DEVICES
 from pack.core.stepcache.look_back import most_bytes
