@@ -5,10 +5,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from . import _grid, _pareto, _table, _verdict, _workers
+from ._curves import strength_free
 from ._grid import SUBJECTS, Cell
 from ._rows import Rows, identity
 
 log = logging.getLogger("benchmarks")
+ROUNDING = 0.05     # dB
 
 
 def fill(rows: Rows, cells: list[Cell], processes: int = 1, quick: bool = False, only: list[str] | None = None) -> None:
@@ -34,6 +36,38 @@ def fill(rows: Rows, cells: list[Cell], processes: int = 1, quick: bool = False,
     finally:    # Ctrl-C among the reasons
         source.close()
         rows.save()
+
+
+def recheck(rows: Rows, cells: list[Cell]) -> list[str]:
+    """Whether rows that another core/ made are what today's makes: one row of every curve in `cells` is measured anew.
+
+    Where all of a method's come out the same, its rows are taken for today's, in all cells. Returns what came out otherwise.
+    """
+    moved, checked = [], set()
+    for cell in cells:
+        first: dict[str, object] = {}
+        for method in _grid.planned(cell, False):
+            row = rows.rows.get(identity(_grid.heading(cell, method)))
+            if method.own and row is not None and not rows.fresh(_grid.heading(cell, method)) and row["computed_steps"] < cell.steps:
+                first.setdefault(strength_free(row), method)
+        for row in _grid.measured(cell, list(first.values())):
+            before = rows.rows[identity(row)]
+            checked.add(row["method"])
+            print(f"{cell.name} {row['method']}: {row['evaluations']:g} evaluations, before {before['evaluations']:g}", flush=True)
+            if differs(row, before):
+                moved.append(f"{cell.name} {row['method']} {row['settings']}")
+    keys = {subject.name: key for key, subject in SUBJECTS.items()}
+    for row in list(rows):
+        if row["method"] in checked and not any(f" {row['method']} {{" in line for line in moved):
+            rows.put(row | {"made_by": _grid.made_by(keys[row["model"]], row["method"], True)})
+    rows.save()
+    return moved
+
+
+def differs(row: dict, before: dict) -> bool:
+    """By more than another processor's rounding does."""
+    pictures = zip(row["psnr_image_each"] or [row["psnr_latent_db"]], before["psnr_image_each"] or [before["psnr_latent_db"]], strict=True)
+    return row["evaluations"] != before["evaluations"] or any(abs(a - b) > ROUNDING for a, b in pictures)
 
 
 def one_after_the_other(tasks: list[dict]) -> Iterator[dict]:

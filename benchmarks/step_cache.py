@@ -4,6 +4,7 @@
         --models flux,zimage,wan  --cells 'flux/euler/28/*' [...]  --methods 'error control,mask'    a part of it
         --threads 2                              so many processes of one thread each
         --quick                                  a small part in less than 3 minutes -> results/quick/
+    python3 dev.py bench step-cache --recheck    after a change of core/: rows of --cells anew, one per curve; where they are as before, all hold
     python3 dev.py bench step-cache --verdict    what the rows that are there say of the promises
     python3 dev.py bench step-cache --peers      error control on the pictures of the peers' table -> results/peers.json
     python3 dev.py bench step-cache --profiles   error control against calibrated profiles -> results/profiles.json
@@ -125,6 +126,13 @@ def verdict(options) -> None:
           *_verdict.peers(Rows(RESULTS / "peers.json")), *_verdict.engine(written("engine.json")), sep="\n")
 
 
+def recheck(options) -> None:
+    rows = Rows(RESULTS / "step-cache.json")
+    cells = [cell for cell in _grid.cells(options.models, options.cells or ["*/20/*"]) if cell.set == _grid.CHOOSE]
+    moved = _campaign.recheck(rows, cells)
+    print(f"{len(moved)} curves came out otherwise", *moved, f"{_campaign.stale_rows(rows)} of {len(rows)} rows are stale", sep="\n")
+
+
 def peers(options) -> None:
     rows = Rows(RESULTS / "peers.json")
     _campaign.fill(rows, _grid.peer_cells(), options.threads)
@@ -179,7 +187,7 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     for table in (first, presets, wall):
         which.add_argument(f"--{table.__name__}", dest="table", action="store_const", const=table)
-    for command in (verdict, peers, profiles, engine, gpu):
+    for command in (verdict, recheck, peers, profiles, engine, gpu):
         which.add_argument(f"--{command.__name__}", dest="command", action="store_const", const=command)
     which.add_argument("--worker", dest="command", action="store_const", const=worker, help=argparse.SUPPRESS)
     which.add_argument("--quick", action="store_true", help="a small part of the grid, less than 3 minutes")
@@ -190,7 +198,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.getLogger().setLevel(logging.ERROR)
     logging.getLogger("benchmarks").setLevel(logging.WARNING)
-    if options.command in (None, peers, profiles, worker):
+    if options.command in (None, recheck, peers, profiles, worker):
         torch.set_num_threads(1)
     if options.table:
         write(options.table.__name__, options.table())

@@ -275,3 +275,33 @@ def test_a_profile_is_compared_with_error_control_at_as_many_evaluations():
         assert finding.kept is kept and f"{gain:+.2f} dB" in finding.numbers and len(finding.more) == 2
     [finding] = _profiles.verdict([row for row in rows("profile", 30.0, 5) if row["set"] == "score"], grid)
     assert finding.kept is None and _profiles.verdict([], grid)[0].kept is None
+
+
+@pytest.fixture
+def aged(tmp_path, monkeypatch):
+    """A table of two masks and two intervals, in two cells, that an older core/ made; and the cell that is measured anew."""
+    chosen = [_methods.mask(7, 1, 20), _methods.mask(9, 1, 20), *by_name("interval")[:2]]
+    monkeypatch.setattr(_grid, "planned", lambda cell, quick: chosen)
+    rows, cell = Rows(tmp_path / "rows.json"), _grid.Cell("flux", "euler", 20, 1.0, _grid.CHOOSE, prompts=1)
+    for row in _grid.measured(cell, chosen):
+        for cfg in (1.0, 3.5):
+            rows.put(row | {"cfg": cfg, "made_by": "core of yesterday"})
+    return rows, cell
+
+
+def test_rows_hold_after_a_change_of_the_core_where_one_of_every_curve_comes_out_the_same(aged):
+    rows, cell = aged
+    assert _campaign.stale_rows(rows) == len(rows) == 8
+    assert _campaign.recheck(rows, [cell]) == [] and _campaign.stale_rows(rows) == 0
+    assert _campaign.stale_rows(Rows(rows.path)) == 0
+
+
+@pytest.mark.parametrize("change", [{"evaluations": 8.0}, {"psnr_image_each": [1.0, 1.0]}])
+def test_rows_of_a_method_that_comes_out_otherwise_stay_old_and_those_of_another_hold(aged, change):
+    rows, cell = aged
+    for row in list(rows):
+        if row["method"] == "mask":
+            rows.put(row | change)
+    (moved,) = _campaign.recheck(rows, [cell])
+    assert "mask" in moved
+    assert {row["method"] for row in rows if row["made_by"] == "core of yesterday"} == {"mask"}
