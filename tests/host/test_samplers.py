@@ -153,6 +153,23 @@ def test_the_last_step_before_sigma_rises_is_computed_and_nothing_is_looked_back
         assert torch.equal(latent, without)
 
 
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun"])
+@pytest.mark.parametrize("rises", [1, 2])
+@pytest.mark.parametrize("name", QUICK)
+def test_error_control_skips_nothing_before_the_last_rise_of_sigma_and_goes_on_after_it(name, rises, sampler):
+    """What an error comes to over a rise nobody measures."""
+    parts = [schedule(name)[:9], schedule(name)[5:10], schedule(name)[6:-1]][:rises] + [schedule(name, 20)[8:]]
+    sigmas = torch.cat(parts)
+    before = sum(len(part) for part in parts[:-1]) * (2 if sampler == "heun" else 1)
+    cached = {"policy": "error control", "policy_knobs": {"tolerance": 0.3}, "predictor": "automatic"}
+    _, report = run(model(name), name, sigmas=sigmas, sampler=sampler, cfg=1.0, cached=cached)
+    assert all(decisions(report)[:before]) and not all(decisions(report)[before:])
+    assert all(e.predicted_error is None for e in report.each[:before]) and report.estimated_error > 0
+    assert "error control computes everything before the last rise" in report.reason and report.reason in report.line()
+    _, other = run(model(name), name, sigmas=sigmas, sampler=sampler, cfg=1.0, cached={"policy": At((6,)), "predictor": "automatic"})
+    assert other.estimated_error is None and "no error is told of such skips" in other.reason
+
+
 @pytest.mark.parametrize("name", QUICK)
 def test_a_last_step_with_nothing_left_to_do_does_not_stand_for_the_last_one(name):
     """As kl_optimal's: the one before it makes the picture."""

@@ -66,6 +66,41 @@ def test_where_the_last_step_has_nothing_left_to_do_the_one_before_it_has_no_tim
     assert gains[17] == pytest.approx(plain[17]) and gains[18] == pytest.approx(plain[18]) and plain[18] > plain[17]
 
 
+RISING = [*SIGMAS[:8], *SIGMAS[5:]]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun", "unipc"])
+@pytest.mark.parametrize("error", [0.0, 1e-9, 0.1, math.inf])
+def test_before_a_rise_of_sigma_no_error_is_within_any_tolerance_and_after_it_all_is_as_without(error, sampler):
+    made, policy = budget(sampler=sampler, clock=Clock(RISING, True)), ErrorControl(1.0)
+    plain, steps = budget(), steps_of(RISING)
+    for n, step in enumerate(steps[:-1]):
+        share = made.share(step, error)
+        if n < 8:
+            assert not policy.skip(View(step, (steps[0],), share, 0.0))
+        else:
+            assert share == plain.share(step, error) and policy.skip(View(step, (steps[0],), share, 0.0)) == (share <= math.sqrt(2 / 20))
+
+
+@pytest.mark.parametrize("error", [0.0, 0.1, None])
+@pytest.mark.parametrize("end", [lambda made: made.settle(0.1), lambda made: made.settle(None), lambda made: made.drop()])
+def test_of_a_skip_before_a_rise_of_sigma_which_another_policy_may_make_no_error_is_told(end, error):
+    steps = steps_of(RISING)
+    made = budget()
+    made.skip(steps[5], error)
+    end(made)
+    made.skip(steps[12], 0.1)
+    made.settle(0.1 * steps[12].gap)
+    assert made.total is None
+
+
+def test_below_zero_there_is_no_noise_and_a_number_comes_out():
+    sigmas = [1.0, 0.6, 0.3, -0.1, -0.3]
+    for guidance in (1.0, 2.5):
+        made = budget(guidance=guidance, sampler="dpmpp_2m", clock=Clock(sigmas, True))
+        assert all(isinstance(made.share(step, 0.1), float) for step in steps_of(sigmas))
+
+
 @given(st.integers(3, 17), st.floats(0.001, 0.2))
 def test_evaluations_of_which_there_are_two_per_step_share_the_tolerance(n, tolerance):
     policy = ErrorControl(tolerance)

@@ -24,6 +24,7 @@ FIRST = 1       # with guidance, skips after which the first group may have one 
 class ErrorControl:
     name = "error control"
     needs_forward = False
+    by_error = True
     tolerance: float = knob(
         0.02, "Allowed relative error of the final latent. Higher skips more and follows the full model less closely; 0 skips nothing.",
         0.0, 1.0, 0.005)
