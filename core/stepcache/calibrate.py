@@ -24,7 +24,8 @@ from ..knob import shown
 from ..report import Report
 from ..step import CLOSE, Clock
 from ..store import Row
-from .governor import DETERMINISTIC, stand_down
+from .governor import DETERMINISTIC, adds_noise, most_skips, stand_down
+from .policies.profile import FromProfile
 from .profiles import Check, Facts, Plan, Profile, no_name, write
 from .profiles.files import MOST_STEPS
 from .profiles.fits import fitted
@@ -37,7 +38,6 @@ log = logging.getLogger("reprise")
 
 KEY = "reprise.calibrate"
 CHECKED = (1.0, 1.5)        # times the speed-up that is asked for: whose error is measured
-LONGEST = 4                 # skips in a row in a check run, as Step Cache has it by default
 PACK = Path(__file__).resolve().parents[2]
 
 # A model with these steps computed and all others skipped; the report of its runs goes to the last argument.
@@ -132,12 +132,17 @@ class Calibration:
     @property
     def limits(self) -> tuple[int, list[bool]]:
         """Most skips in a row, and for each step whether it may be skipped, as in a run with Step Cache's defaults."""
-        warm_up = self.family.warm_up if self.family else 1
-        return LONGEST if sampler_name(self.sampler) in DETERMINISTIC else 1, [n >= warm_up for n in range(self.facts.steps)]
+        warm_up, end = self.family.warm_up if self.family else 1, self.facts.steps - 1 - Clock(list(self.facts.sigmas), self.flow).idle
+        steady = self.plain and sampler_name(self.sampler) in DETERMINISTIC
+        return min(most_skips(self.facts.steps), FromProfile.max_group) if steady else 1, [warm_up <= n < end for n in range(self.facts.steps)]
+
+    @property
+    def plain(self) -> bool:
+        return not adds_noise(getattr(self.sampler, "extra_options", {}))
 
     @property
     def looks_back(self) -> bool:
-        return sampler_name(self.sampler) in SOLVERS and not getattr(self.sampler, "extra_options", {}).get("s_churn", 0.0)
+        return self.plain and sampler_name(self.sampler) in SOLVERS
 
 
 class Trials:
