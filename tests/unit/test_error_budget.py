@@ -128,6 +128,17 @@ def test_the_evaluations_of_a_step_share_what_the_step_moves():
         assert made.total == pytest.approx(made.gain(step) * step.gap * 0.1 * 1.5 * share)
 
 
+@pytest.mark.parametrize("ratio", [EXPECTED_TOO_LOW, 0.4])
+def test_one_step_computed_by_itself_settles_little_and_ten_settle_all(ratio):
+    """Errors one step ahead are no proof of how a group of skips turns out."""
+    made, doubts = budget(), []
+    made.ratio = ratio
+    for _ in range(10):
+        made.settle(None)
+        doubts.append((made.ratio - 1) / (ratio - 1))
+    assert 0.5 < doubts[0] < 0.9 and 0.25 < doubts[1] < 0.8 and doubts[9] < 0.1
+
+
 # other samplers than Euler ---------------------------------------------------------------------------------------------
 def carried(solver, sigmas, n: int, falls: float) -> float:
     """What one wrong D_n comes to at the end, by sampling with it: a model whose dD/dx hands errors on as Euler's steps would have it."""
@@ -155,6 +166,14 @@ def test_the_last_skip_of_a_sampler_of_several_steps_is_dearest():
     assert factors[-2] == max(factors) > 1.3 * factors[10]
     plain, known = ErrorBudget(looks_back=True), ErrorBudget(looks_back=True, sampler="dpmpp_2m", clock=Clock(SIGMAS, True))
     assert [known.gain(step) / plain.gain(step) for step in STEPS] == pytest.approx(factors)
+
+
+@pytest.mark.parametrize("tiny", [1e-2, 1e-4, 1e-6])
+def test_a_step_of_next_to_nothing_before_a_long_one_does_not_take_the_whole_tolerance(tiny):
+    """By the letter dpmpp_2m goes without bound too far there, and one skip beside it would never be allowed."""
+    sigmas = [*SIGMAS[:9], SIGMAS[8] * (1 - tiny), *SIGMAS[12:]]
+    found = against_euler(SOLVERS["dpmpp_2m"], Clock(sigmas, True), 1.0)
+    assert 3 < max(found) <= 5 and min(found) >= 1
 
 
 @pytest.mark.parametrize("sigmas", [[1.0, 0.5, 0.5, 0.2, 0.0], [0.5, 1.0, 0.4, 0.0], [1.0, 0.0], [1.0, 0.5, math.nan, 0.0]])
