@@ -108,7 +108,14 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs
         report = run.close()
         if not ended:
             report.add_reason("the run was cut short")
+        elif not all_finite(result):
+            report.estimated_error = None
+            report.add_reason("the latent has values that are no numbers")
         attachment.tell(report)
+
+
+def all_finite(latent) -> bool:
+    return all(bool(part.isfinite().all()) for part in (latent.unbind() if latent.is_nested else (latent,)))
 
 
 def open_run(settings: Settings, guider, shape, sampler, sigmas, latents=()) -> tuple[Run | None, Report]:

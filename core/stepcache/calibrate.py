@@ -27,6 +27,7 @@ from ..store import Row
 from .governor import DETERMINISTIC, adds_noise, most_skips, stand_down
 from .policies.profile import FromProfile
 from .profiles import Check, Facts, Plan, Profile, no_name, write
+from .profiles.facts import WITH
 from .profiles.files import MOST_STEPS
 from .profiles.fits import fitted
 from .profiles.plan import error_of, group_costs, neighbours
@@ -71,7 +72,7 @@ def sampler_name(sampler) -> str:
 def facts_of(model, sampler, sigmas: Sequence[float], shape: Sequence[int], cfg: float) -> Facts:
     """`shape` is that of one latent. Options of the sampler belong to its name."""
     options = ", ".join(f"{key} {value}" for key, value in sorted(getattr(sampler, "extra_options", {}).items()))
-    return Facts(sampler=f"{sampler_name(sampler)}{options and f' with {options}'}"[:200], sigmas=tuple(float(sigma) for sigma in sigmas),
+    return Facts(sampler=f"{sampler_name(sampler)}{options and WITH + options}"[:200], sigmas=tuple(float(sigma) for sigma in sigmas),
                  shape=tuple(shape), cfg=float(cfg), **model_facts(model))
 
 
@@ -121,6 +122,10 @@ class Calibration:
         if len(recording.derivatives) != self.facts.steps:
             raise ValueError(f"sampler {self.facts.sampler} evaluated {len(recording.derivatives)} of {self.facts.steps} steps; choose one that "
                              "evaluates each step once, such as euler or dpmpp_2m")
+        strange = next((n for n, derivative in enumerate(recording.derivatives) if not derivative.isfinite().all()), None)
+        if strange is not None:
+            raise ValueError(f"the model's output at step {strange} has values that are no numbers, so there is nothing to measure; "
+                             "see that the model samples well without Step Cache Calibrate, in another precision if need be")
         return latent, recording
 
     def profile(self, recordings: Sequence[Recording]) -> Profile:

@@ -265,7 +265,7 @@ def test_the_blocks_of_a_model_are_the_ones_that_are_told():
 class Stranger(comfy.samplers.CFGGuider):
     """Guides by a strength that it does not tell."""
 
-    def predict_noise(self, x, timestep, model_options={}, seed=None):
+    def predict_noise(self, x, timestep, model_options=None, seed=None):
         both = [self.conds["positive"], self.conds["negative"]]
         one, other = comfy.samplers.calc_cond_batch(self.inner_model, both, x, timestep, model_options)
         return other + 3.0 * (one - other)
