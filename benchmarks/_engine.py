@@ -29,6 +29,7 @@ from pack.core.stepcache.predictors import PREDICTORS
 from testbed import tiny
 
 FLUX_DEV = {"hidden_size": 3072, "num_heads": 24, "depth": 19, "depth_single_blocks": 38, "context_in_dim": 4096, "vec_in_dim": 768}
+UNET = "sdxl_like"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Scene:
     evaluations: int        # of each kind, for the medians
     clock: Callable[[], float]
     wait: Callable[[], None] = lambda: None
+    serves: tuple[str | None, ...] = (None, "transformer")     # the kinds of levels that are measured on it
 
     @property
     def px(self) -> int:
@@ -75,7 +77,7 @@ def rows(scene: Scene) -> list[dict]:
     """One per level that skips on this model."""
     found = []
     for name, level in LEVELS.items():
-        if not hasattr(level, "seam"):
+        if not hasattr(level, "seam") or level.serves not in scene.serves:
             continue
         row = measure(scene, level())
         if row is None:
@@ -97,6 +99,8 @@ def measure(scene: Scene, level) -> dict | None:
     skips = [(seconds, evaluation.share) for seconds, evaluation in zip(times, each, strict=True) if not evaluation.computed]
     if not skips:
         return None
+    if others := {report.level for report in reports} - {level.name}:
+        raise ValueError(f"level '{level.name}' fell back to '{others.pop()}' on {scene.name}; measure it on a model that it serves ({reports[0].reason})")
     with Meter(Path(os.environ["COMFYUI_DIR"]), scene.wait) as meter:
         engine, _ = scene.timed(lambda patcher, notify: attach_step_cache(patcher, computing, notify), lambda: meter.spent[ENGINE])
         of_skips, _ = scene.timed(lambda patcher, notify: attach_step_cache(patcher, skipping, notify), lambda: meter.spent[ENGINE])
@@ -104,7 +108,7 @@ def measure(scene: Scene, level) -> dict | None:
     engine_skip = statistics.median(seconds for seconds, told in zip(of_skips, each, strict=True) if not told.computed)
     return {
         "model": scene.name, "parameters": sum(p.numel() for p in scene.patcher.model.diffusion_model.parameters()), "px": scene.px,
-        "level": level.name, "evaluation_ms": ms(evaluation), "engine_ms": ms(statistics.median(engine)),
+        "level": reports[0].level, "evaluation_ms": ms(evaluation), "engine_ms": ms(statistics.median(engine)),
         "engine_share": round(statistics.median(engine) / evaluation, 5), "skip_ms": ms(skip), "skip_engine_ms": ms(engine_skip),
         "skip_time_share": round(skip / evaluation, 5), "skip_block_share": round(statistics.median(share for _, share in skips), 5),
         "cache_mib": round(max(report.cache_bytes for report in reports) / 2 ** 20, 3), "computed_evaluations": len(engine),
@@ -121,10 +125,16 @@ def where() -> str:
 
 
 def on_cpu(evaluations: int = 200) -> list[dict]:
-    """The 13 M model at 256 px."""
+    """A FLUX of 13 M parameters, and for the levels of UNets a small SDXL, both at 256 px."""
     torch.set_num_threads(1)
     noise = torch.randn((1, 16, 32, 32), generator=torch.Generator().manual_seed(0))
-    return rows(Scene("seeded FLUX", tiny.patcher("flux_13m"), conditions(["red heart"]), noise, 50, evaluations, time.thread_time))
+    flux = Scene("seeded FLUX", tiny.patcher("flux_13m"), conditions(["red heart"]), noise, 50, evaluations, time.thread_time)
+    return rows(flux) + rows(unet_scene(evaluations))
+
+
+def unet_scene(evaluations: int, steps: int = 50, size: int = 32) -> Scene:
+    conds = tiny.conditioning(UNET, 11), tiny.conditioning(UNET, 12)
+    return Scene("seeded SDXL", tiny.patcher(UNET), conds, tiny.noise(UNET, size=size), steps, evaluations, time.thread_time, serves=("unet",))
 
 
 def on_gpu(evaluations: int = 60) -> list[dict]:

@@ -22,12 +22,12 @@ from torch import Tensor
 from . import _methods, _profiles
 from ._pictures import VAE, psnr, sample_under
 from ._rows import identity
-from ._subjects import CHOOSE, PEERS, SAMPLERS, SCORE, SEEDS, SUBJECTS, Pictures
+from ._subjects import CHOOSE, PEERS, SAMPLERS, SCORE, SEEDS, STEPS, SUBJECTS, Pictures
 from pack.compare import metrics
 from pack.core.families import family_of
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS, CFGS = (20, 28, 50), (1.0, 3.5)
+CFGS = (1.0, 3.5)
 FORMAT = 1                              # of a row: another number, and every row is measured anew
 
 
@@ -53,7 +53,7 @@ class Cell:
 def cells(models: list[str], patterns: list[str] | None = None) -> list[Cell]:
     """The grid; the two sets of a cell stand side by side, so that an unfinished table has whole cells."""
     grid = [Cell(model, sampler, steps, cfg, which) for steps in STEPS for sampler in SAMPLERS for cfg in CFGS
-            for model in models if sampler in SUBJECTS[model].samplers for which in (CHOOSE, SCORE)]
+            for model in models if sampler in SUBJECTS[model].samplers and steps in SUBJECTS[model].steps for which in (CHOOSE, SCORE)]
     return [cell for cell in grid if cell.matches(patterns)]
 
 

@@ -10,6 +10,7 @@ from ._pictures import DRAWN, MODELS, Subject, conditions
 from testbed import procedural, tiny
 
 SAMPLERS = ("euler", "dpmpp_2m")
+STEPS = (20, 28, 50)
 SEEDS = 2
 CHOOSE, SCORE = "choose", "score"       # the two sets
 PEERS = "peers"                         # the first set of FLUX, on which other step caches were measured elsewhere
@@ -42,7 +43,7 @@ class Trained:
 
     subject: Subject
     captions: dict[str, tuple[str, ...]]
-    decodes, samplers = True, SAMPLERS
+    decodes, samplers, steps = True, SAMPLERS, STEPS
 
     @property
     def name(self) -> str:
@@ -67,7 +68,7 @@ class Seeded:
     kind: str
     name: str
     frames: int = 3
-    decodes, samplers = False, SAMPLERS[:1]
+    decodes, samplers, steps = False, SAMPLERS[:1], STEPS[:1]     # for the meaning of a tolerance alone, as there is nothing to see
 
     def load(self):
         return tiny.patcher(self.kind)

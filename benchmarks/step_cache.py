@@ -3,7 +3,7 @@
     python3 dev.py bench step-cache              the whole grid, hours -> results/step-cache.json, .md and .png; a stopped one goes on
         --models flux,zimage,wan  --cells 'flux/euler/28/*' [...]  --methods 'error control,mask'    a part of it
         --threads 2                              so many processes of one thread each
-        --quick                                  a small part in less than 3 minutes -> results/quick/
+        --quick                                  a small part, 3 minutes on two idle cores -> results/quick/
     python3 dev.py bench step-cache --recheck    after a change of core/: rows of --cells anew, one per curve; where they are as before, all hold
     python3 dev.py bench step-cache --verdict    what the rows that are there say of the promises
     python3 dev.py bench step-cache --peers      error control on the pictures of the peers' table -> results/peers.json
@@ -190,7 +190,7 @@ def main() -> None:
     for command in (verdict, recheck, peers, profiles, engine, gpu):
         which.add_argument(f"--{command.__name__}", dest="command", action="store_const", const=command)
     which.add_argument("--worker", dest="command", action="store_const", const=worker, help=argparse.SUPPRESS)
-    which.add_argument("--quick", action="store_true", help="a small part of the grid, less than 3 minutes")
+    which.add_argument("--quick", action="store_true", help="a small part of the grid, 3 minutes on two idle cores")
     parser.add_argument("--models", type=names(list(_grid.SUBJECTS)), default=list(_grid.SUBJECTS), metavar="A,B", help=f"of {', '.join(_grid.SUBJECTS)}")
     parser.add_argument("--cells", nargs="+", metavar="PATTERN", help="cells of the grid by name, model/sampler/steps/cfg; * stands for anything")
     parser.add_argument("--methods", type=lambda text: text.split(","), metavar="A,B", help="methods by name")

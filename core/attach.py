@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 
 import comfy.model_management
 import comfy.model_patcher
@@ -27,7 +28,8 @@ from .reserve import cache_bytes
 from .run import Run, Settings
 from .runs import Runs
 from .stepcache.calibrate import facts_of, model_facts, profiles_folder, sampler_name
-from .stepcache.governor import stand_down
+from .stepcache.error_budget import MOST_GUIDANCE
+from .stepcache.governor import adds_noise, stand_down
 from .stepcache.levels import Blocks, Call, GuidedOutput, ModelOutput, Seam, UnetEncoder, Unfit
 from .stepcache.profiles import read
 from .store import ASIDE, Row
@@ -107,7 +109,14 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs
         report = run.close()
         if not ended:
             report.add_reason("the run was cut short")
+        elif not all_finite(result):
+            report.estimated_error = None
+            report.add_reason("the latent has values that are no numbers")
         attachment.tell(report)
+
+
+def all_finite(latent) -> bool:
+    return all(bool(part.isfinite().all()) for part in (latent.unbind() if latent.is_nested else (latent,)))
 
 
 def open_run(settings: Settings, guider, shape, sampler, sigmas, latents=()) -> tuple[Run | None, Report]:
@@ -125,12 +134,10 @@ def open_run(settings: Settings, guider, shape, sampler, sigmas, latents=()) -> 
     schedule = sigmas.tolist()
     start, end = (float(space.percent_to_sigma(percent)) for percent in (settings.start_percent, settings.end_percent))
     flow = isinstance(space, comfy.model_sampling.CONST)
-    plain = not getattr(sampler, "extra_options", {}).get("s_churn", 0.0)
-    guidance = float(getattr(guider, "cfg", 1.0))
+    plain, guidance = not adds_noise(getattr(sampler, "extra_options", {})), guidance_of(guider)
     facts = None
     if hasattr(settings.policy, "bound"):
-        own = type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise      # such as two CFG scales
-        facts = facts_of(guider.model_patcher, sampler, schedule, shape[1:], math.nan if own else guidance)
+        facts = facts_of(guider.model_patcher, sampler, schedule, shape[1:], math.nan if has_own_guidance(guider) else guidance)
     run = Run(settings, family, schedule, flow, name, math.inf if settings.start_percent <= 0 else start, end if settings.end_percent < 1 else 0.0,
               plain, guidance, shape, facts, partial(read, profiles_folder()), latents)
     if run.level.serves == "transformer" and not family.stacks:
@@ -138,6 +145,21 @@ def open_run(settings: Settings, guider, shape, sampler, sigmas, latents=()) -> 
     if run.level.seam is Seam.NETWORK and compiled_whole(guider.model_patcher, options):
         run.without_blocks(ModelOutput(), "torch.compile has the whole model in one piece")
     return run, run.report
+
+
+def has_own_guidance(guider) -> bool:
+    """Such as one with two CFG scales."""
+    return type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise
+
+
+def guidance_of(guider) -> float:
+    """The largest of the scales that it keeps: cfg, or cfg1 and cfg2 and the like.
+
+    A guider with a guidance of its own and no scale above 1 guides by a strength that is not known, which is taken for the most that was measured.
+    """
+    others = [float(value) for name, value in vars(guider).items() if name.startswith("cfg") and isinstance(value, Real) and math.isfinite(value)]
+    guidance = max([float(getattr(guider, "cfg", 1.0)), *others])
+    return MOST_GUIDANCE if guidance <= 1 and has_own_guidance(guider) else guidance
 
 
 def compiled_whole(patcher, options: dict) -> bool:

@@ -3,6 +3,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from statistics import median
 
+OFF_AT_ZERO = ("tolerance", "threshold")     # settings of policies
+
 
 @dataclass
 class Evaluation:
@@ -91,7 +93,13 @@ class Report:
         """Why nothing was skipped, where no more is known of it than who decided; empty if something was."""
         if not self.each or self.computed < len(self.each):
             return ""
-        left = sum(not e.why for e in self.each)
+        left, sigmas = sum(not e.why for e in self.each), [e.sigma for e in self.each]
+        if len(sigmas) > 1 and min(sigmas) == max(sigmas):
+            return f"sigma stays at {sigmas[0]:.4g}, so no step does anything that could be skipped"
+        if len(sigmas) > 1 and sigmas == sorted(sigmas):
+            return "sigma rises all the way, and steps are skipped only where it falls"
+        if off := [name for name in OFF_AT_ZERO if self.settings.get("policy", {}).get(name) == 0]:
+            return f"{off[0]} 0 switches policy '{self.policy}' off"
         if not left:
             return "warm_up, last_steps, start_percent and end_percent leave none that may be skipped"
         return f"policy '{self.policy}' skipped none of the {left} that were left to it"

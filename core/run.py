@@ -90,14 +90,14 @@ class Run:
     def __init__(self, settings: Settings, family: Family, sigmas: list[float], flow: bool, sampler: str, start_sigma: float, end_sigma: float,
                  plain: bool = True, guidance: float = 1.0, shape: Sequence[int] = (), facts: Facts | None = None,
                  read: Callable[[str], Profile] | None = None, latents: Sequence[Sequence[int]] = ()):
-        """`plain` says that the sampler runs without churn, which would put noise between two steps; `guidance` is the CFG scale.
+        """`plain` says that the sampler is not set to add noise, as churn does between two steps; `guidance` is the CFG scale.
 
         `shape` is the latent's, `latents` those of the ones that it is packed from, if of several. `facts` and `read`, which
         gives a profile by name, are for policies that depend on the run.
         """
         self.family, self.level, self.shape = family, settings.level.resolve(settings.policy), shape
         self.clock = Clock(sigmas, flow)
-        steady, longest = sampler in DETERMINISTIC, settings.max_consecutive_skips or most_skips(self.clock.steps)
+        steady, longest = plain and sampler in DETERMINISTIC, settings.max_consecutive_skips or most_skips(self.clock.steps)
         candidates = [c for c in settings.predictor.candidates() if steady or c.depth <= 2] or [Hold(), DividedDifferences(1)]
         self.report = Report(
             model=family.name, sampler=sampler, steps=self.clock.steps, policy=settings.policy.name, predictor=settings.predictor.name,
@@ -112,7 +112,11 @@ class Run:
                 self.report.add_reason(f"level '{wanted.name}' is for {KINDS[wanted.serves]} and this model is {KINDS[family.kind]}, "
                                        f"so level '{self.level.name}' takes its place")
         if not steady:
-            self.report.add_reason(f"{sampler} may add noise or build errors up, so at most one skip in a row")
+            does = "may add noise or build errors up" if plain else "is set to add noise"
+            self.report.add_reason(f"{sampler} {does}, so at most one skip in a row")
+        if self.clock.ahead and self.clock.descends:
+            so = "error control computes everything before the last rise" if getattr(settings.policy, "by_error", False) else "no error is told of such skips"
+            self.report.add_reason(f"sigma rises on the way, and what an error from before that comes to is not known, so {so}")
         if settings.storage == "fp8" and any(c.depth > 1 for c in candidates):
             candidates = [c for c in candidates if c.depth == 1] or [Hold()]
             self.report.add_reason("fp8 is too coarse to extrapolate from, so the last result stands in as it is")

@@ -21,6 +21,7 @@ class Step:
     noise: float      # the share of noise in x, 0 to 1
     rises: bool = False   # sigma is above that of the evaluation before: a restart
     turns: bool = False   # it will be at the next step
+    rises_later: bool = False   # it will be at a later one
 
     @property
     def index(self) -> int:
@@ -38,6 +39,8 @@ class Step:
 
 
 def share_of_noise(sigma: float, flow: bool) -> float:
+    """None below 0, where the host's samplers may go, and where it could not be raised to a power."""
+    sigma = max(sigma, 0.0)
     return sigma if flow else sigma / (1 + sigma)
 
 
@@ -58,14 +61,19 @@ class Clock:
         self.idle = next((n for n, share in enumerate(reversed(begins)) if share > TINY), 0)      # steps at the end that do nothing
         self.turns = [below for below, above in pairwise(self.sigmas) if above > below]
         self.falls = all(above > below for above, below in pairwise(self.sigmas))
+        self.descends = any(above > below for above, below in pairwise(self.sigmas))
+        self.ahead = [below for below, above in pairwise(self.sigmas) if above > below * (1 + CLOSE)]     # where it rises from, still to come
 
     def tick(self, sigma: float) -> Step:
+        rises = self.before is not None and sigma > self.before * (1 + CLOSE)
+        if rises and self.ahead and self.close(self.before, self.ahead[0]):     # not with churn, nor within a step of a sampler that goes up in two
+            self.ahead.pop(0)
         place = self.place(sigma)
         index = min(int(place + CLOSE), self.steps - 1)
         step = Step(
             evaluation=self.evaluations, place=place, steps=self.steps, sigma=sigma, log_snr=self.log_snr(sigma),
             gap=self.way(self.sigmas[index], self.sigmas[index + 1]), noise=share_of_noise(sigma, self.flow),
-            rises=self.before is not None and sigma > self.before * (1 + CLOSE), turns=any(self.close(sigma, turn) for turn in self.turns),
+            rises=rises, turns=any(self.close(sigma, turn) for turn in self.turns), rises_later=bool(self.ahead),
         )
         self.evaluations, self.before = self.evaluations + 1, sigma
         return step

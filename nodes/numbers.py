@@ -1,4 +1,6 @@
 """Numbers that the host does not look at: in its checks a NaN is neither too small nor too large, and a script has no checks at all."""
+from numbers import Real
+
 from ._api import io
 
 
@@ -7,5 +9,5 @@ def check_numbers(node: type[io.ComfyNode], **sent: float) -> None:
     inputs = {entry.id: entry for entry in node.define_schema().inputs}
     for name, value in sent.items():
         low, high = inputs[name].min, inputs[name].max
-        if not low <= value <= high:
+        if not isinstance(value, Real) or not low <= value <= high:
             raise ValueError(f"{name} is {value}; it must lie between {low} and {high}")

@@ -57,8 +57,8 @@ def reports_of(model, node_id: str | None, graph) -> list[Report]:
         found = runs.of(lambda node: node in leading or graph.get_real_node_id(node) in leading, execution and execution.list_index)
         found = found or runs.strays(graph.all_node_ids())
     if not found:
-        raise ValueError("no run with this model lies behind 'trigger'; connect what the sampler of this model made, and if ComfyUI took that from its "
-                         "cache, sample again with another seed")
+        raise ValueError("no run with this model lies behind 'trigger'; connect what its sampler made, and the model of the last Step Cache before it, as "
+                         "a second one takes the place of the first; if ComfyUI took the picture from its cache, sample again with another seed")
     return found
 
 

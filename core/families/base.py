@@ -153,7 +153,6 @@ class Family:
     sides: tuple[Side, ...] = ()
     always: tuple[str, ...] = ()        # containers of blocks of the same size that run on every step, skipped or not
     wrapped: bool = True                # the class calls the host's DIFFUSION_MODEL wrappers
-    video: bool = False
     warm_up: int = 1                    # so many first evaluations of a run are computed
     # TeaCache's modulated input of the first block, from the block and a function that gives its arguments by name
     modulated: Callable[[object, Callable[[str], Tensor]], Tensor] | None = None

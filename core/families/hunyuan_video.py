@@ -15,4 +15,4 @@ def modulated(block, argument) -> Tensor:
 
 
 HUNYUAN_VIDEO = Family(
-    name="hunyuan_video", models=("comfy.ldm.hunyuan_video.model:HunyuanVideo",), stacks=(DOUBLE, SINGLE), video=True, modulated=modulated)
+    name="hunyuan_video", models=("comfy.ldm.hunyuan_video.model:HunyuanVideo",), stacks=(DOUBLE, SINGLE), modulated=modulated)

@@ -5,5 +5,4 @@ KANDINSKY5 = Family(
     name="kandinsky5",
     models=("comfy.ldm.kandinsky5.model:Kandinsky5",),
     stacks=(Stack("visual_transformer_blocks", inputs=("visual_embed",), stream="visual_embed", returns=("visual_embed",), joined=("visual_embed",)),),
-    video=True,
 )

@@ -7,5 +7,4 @@ LTXAV = Family(
     stacks=(Stack(
         "transformer_blocks", inputs=("x",), packed=("video", "audio"), stream="video", also=("audio",), returns=("video", "audio"),
         joined=("video",)),),
-    video=True,
 )

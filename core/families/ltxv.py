@@ -18,6 +18,5 @@ LTXV = Family(
     models=("comfy.ldm.lightricks.model:LTXVModel",),
     stacks=(Stack(
         "transformer_blocks", inputs=("x", "context", "attention_mask", "timestep"), stream="x", returns=("x",), joined=("x",)),),
-    video=True,
     modulated=modulated,
 )

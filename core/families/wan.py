@@ -23,7 +23,6 @@ WAN = Family(
         Side("music_injector", inputs=("x",), returns=("x",)),
         Side("face_adapter.fuser_blocks", inputs=("x",), returns=(None,)),
     ),
-    video=True,
     warm_up=2,      # the first steps lay out the motion, of each of Wan 2.2's experts too: TeaCache and MagCache keep them
     modulated=lambda block, argument: argument("e"),    # TeaCache takes the projected time embedding here
 )

@@ -24,8 +24,10 @@ from ..knob import shown
 from ..report import Report
 from ..step import CLOSE, Clock
 from ..store import Row
-from .governor import DETERMINISTIC, stand_down
+from .governor import DETERMINISTIC, adds_noise, most_skips, stand_down
+from .policies.profile import FromProfile
 from .profiles import Check, Facts, Plan, Profile, no_name, write
+from .profiles.facts import WITH
 from .profiles.files import MOST_STEPS
 from .profiles.fits import fitted
 from .profiles.plan import error_of, group_costs, neighbours
@@ -37,7 +39,6 @@ log = logging.getLogger("reprise")
 
 KEY = "reprise.calibrate"
 CHECKED = (1.0, 1.5)        # times the speed-up that is asked for: whose error is measured
-LONGEST = 4                 # skips in a row in a check run, as Step Cache has it by default
 PACK = Path(__file__).resolve().parents[2]
 
 # A model with these steps computed and all others skipped; the report of its runs goes to the last argument.
@@ -71,7 +72,7 @@ def sampler_name(sampler) -> str:
 def facts_of(model, sampler, sigmas: Sequence[float], shape: Sequence[int], cfg: float) -> Facts:
     """`shape` is that of one latent. Options of the sampler belong to its name."""
     options = ", ".join(f"{key} {value}" for key, value in sorted(getattr(sampler, "extra_options", {}).items()))
-    return Facts(sampler=f"{sampler_name(sampler)}{options and f' with {options}'}"[:200], sigmas=tuple(float(sigma) for sigma in sigmas),
+    return Facts(sampler=f"{sampler_name(sampler)}{options and WITH + options}"[:200], sigmas=tuple(float(sigma) for sigma in sigmas),
                  shape=tuple(shape), cfg=float(cfg), **model_facts(model))
 
 
@@ -121,6 +122,10 @@ class Calibration:
         if len(recording.derivatives) != self.facts.steps:
             raise ValueError(f"sampler {self.facts.sampler} evaluated {len(recording.derivatives)} of {self.facts.steps} steps; choose one that "
                              "evaluates each step once, such as euler or dpmpp_2m")
+        strange = next((n for n, derivative in enumerate(recording.derivatives) if not derivative.isfinite().all()), None)
+        if strange is not None:
+            raise ValueError(f"the model's output at step {strange} has values that are no numbers, so there is nothing to measure; "
+                             "see that the model samples well without Step Cache Calibrate, in another precision if need be")
         return latent, recording
 
     def profile(self, recordings: Sequence[Recording]) -> Profile:
@@ -132,12 +137,17 @@ class Calibration:
     @property
     def limits(self) -> tuple[int, list[bool]]:
         """Most skips in a row, and for each step whether it may be skipped, as in a run with Step Cache's defaults."""
-        warm_up = self.family.warm_up if self.family else 1
-        return LONGEST if sampler_name(self.sampler) in DETERMINISTIC else 1, [n >= warm_up for n in range(self.facts.steps)]
+        warm_up, end = self.family.warm_up if self.family else 1, self.facts.steps - 1 - Clock(list(self.facts.sigmas), self.flow).idle
+        steady = self.plain and sampler_name(self.sampler) in DETERMINISTIC
+        return min(most_skips(self.facts.steps), FromProfile.max_group) if steady else 1, [warm_up <= n < end for n in range(self.facts.steps)]
+
+    @property
+    def plain(self) -> bool:
+        return not adds_noise(getattr(self.sampler, "extra_options", {}))
 
     @property
     def looks_back(self) -> bool:
-        return sampler_name(self.sampler) in SOLVERS and not getattr(self.sampler, "extra_options", {}).get("s_churn", 0.0)
+        return self.plain and sampler_name(self.sampler) in SOLVERS
 
 
 class Trials:

@@ -1,6 +1,6 @@
 """Hard rules that no policy can overrule, and reasons not to run at all."""
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..step import Step
@@ -14,6 +14,9 @@ DETERMINISTIC = frozenset({
     "euler", "heun", "heunpp2", "exp_heun_2_x0", "dpm_2", "dpmpp_2m", "ipndm", "ipndm_v", "deis", "res_multistep", "gradient_estimation",
     "unipc", "unipc_bh2", "euler_cfg_pp", "ddim",
 })
+
+# Settings of a sampler with which it adds noise all the same.
+NOISY_OPTIONS = ("s_churn", "eta")
 
 # Step skippers that would act on the same model, by the keys of their wrappers, then by what they leave in
 # transformer_options. LazyCache leaves the key of EasyCache there, so wrappers are asked first.
@@ -50,6 +53,11 @@ class Governor:
         return ""
 
 
+def adds_noise(options: Mapping[str, object]) -> bool:
+    """Whether a sampler is set to add noise, whatever its name."""
+    return any(options.get(name) for name in NOISY_OPTIONS)
+
+
 def most_skips(steps: int) -> int:
     """In a row, where nobody said how many."""
     least, share = MOST_SKIPS
@@ -62,6 +70,9 @@ def stand_down(sigmas: Sequence[float], wrapper_keys: set[str], option_keys: set
     strange = next((n for n, sigma in enumerate(sigmas) if not math.isfinite(sigma)), None)
     if strange is not None:
         return f"sigma {strange} is {sigmas[strange]}, so where the run is cannot be told; look at the node that makes the sigmas"
+    below = next((n for n, sigma in enumerate(sigmas) if sigma < 0), None)
+    if below is not None:
+        return f"sigma {below} is {sigmas[below]:.4g}, and below 0 there is no noise to take away; look at the node that makes the sigmas"
     if sampler in STATEFUL_SAMPLERS:
         return f"sampler {sampler} {STATEFUL_SAMPLERS[sampler]}, so none may be skipped"
     if steps < FEWEST_STEPS and not few_steps:

@@ -133,17 +133,17 @@ class Hindcast:
             return None
         device = self.waiting[0][2].device      # with several GPUs the rows of an evaluation live on several
         errors = torch.stack([error.to(device) for *_, error in self.waiting]).tolist()
-        worst: dict = {}
+        largest: dict = {}
         for (candidate, reach, _), error in zip(self.waiting, errors, strict=True):
             error = error if error == error else float("inf")
-            if candidate not in worst or error > worst[candidate][0]:
-                worst[candidate] = (error, reach)
-        scale, _ = worst.pop(SCALE, (None, None))
-        self.missed, _ = worst.pop(GROUP, (None, None))
-        if AGAIN in worst and (usual := self.again()):
-            kappa = worst[AGAIN][0] / (usual / (self.kappa or LEAST_AGAIN))
+            if candidate not in largest or error > largest[candidate][0]:
+                largest[candidate] = (error, reach)
+        scale, _ = largest.pop(SCALE, (None, None))
+        self.missed, _ = largest.pop(GROUP, (None, None))
+        if AGAIN in largest and (usual := self.again()):
+            kappa = largest[AGAIN][0] / (usual / (self.kappa or LEAST_AGAIN))
             self.kappa = max(mean(self.kappa, kappa), kappa, LEAST_AGAIN) if math.isfinite(kappa) else self.kappa
-        scored = {candidate: worst[candidate] for candidate in self.candidates if candidate in worst}
+        scored = {candidate: largest[candidate] for candidate in self.candidates if candidate in largest}
         plain = min(scored, key=lambda candidate: candidate.history, default=None)
         if scored:
             self.plain = scored[plain][0] if plain.history == 1 else None
@@ -152,7 +152,7 @@ class Hindcast:
             if before is not None:
                 error, trust = max(mean(before.at(candidate, reach, self.sigma), error), error), mean(before.trust, trust)
             self.known[candidate] = Known(error * self.sigma, reach, trust)
-        self.last = next((worst[candidate][0] for candidate in (AGAIN, best) if candidate in worst), None)
+        self.last = next((largest[candidate][0] for candidate in (AGAIN, best) if candidate in largest), None)
         self.waiting.clear()
         return scale if scale is not None and math.isfinite(scale) else None
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...kernels.drift import relative_error, sampled
 from ..step import Step
 from ..store import SAME_PLACE, Row
-from .hindcast import relative_error, sampled
 from .predictors.divided_differences import DividedDifferences
 from .predictors.hold import Hold
 

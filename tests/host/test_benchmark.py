@@ -234,13 +234,23 @@ def test_the_engines_cost_is_measured_at_every_level_of_flux():
     noise = torch.randn((1, 16, 16, 16), generator=torch.Generator().manual_seed(0))
     scene = engine_cost.Scene("small", patcher, conditions(["red heart"]), noise, 10, 10, engine_cost.time.thread_time)
     rows = {row["level"]: row for row in engine_cost.rows(scene)}
-    assert {"guided output", "model output", "block range"} <= set(rows)
+    assert set(rows) == {name for name, level in LEVELS.items() if getattr(level, "serves", "unet") != "unet"}, "those of UNets are measured elsewhere"
     for row in rows.values():
         skipped = 4 - (row["level"] == "front or rear range")     # the step where its phase changes is computed
         assert row["engine_ms"] > 0 < row["evaluation_ms"] and row["computed_evaluations"] == 10 and row["skipped_evaluations"] == skipped, row
         assert row["skip_engine_ms"] > 0 and row["cache_mib"] > 0
     assert rows["guided output"]["skip_block_share"] == rows["model output"]["skip_block_share"] == 0
     assert rows["block range"]["skip_block_share"] == 0.25
+
+
+def test_levels_of_unets_are_measured_on_a_unet_and_no_level_on_a_model_where_another_takes_its_place():
+    scene = engine_cost.unet_scene(10, steps=10, size=8)
+    rows = {row["level"]: row for row in engine_cost.rows(scene)}
+    assert set(rows) == {name for name, level in LEVELS.items() if getattr(level, "serves", None) == "unet"} and len(rows) > 1
+    for row in rows.values():
+        assert row["model"] == "seeded SDXL" and 0 < row["skip_block_share"] < 1 and row["skipped_evaluations"] == 4
+    with pytest.raises(ValueError, match="level 'block range' fell back to 'guided output' on seeded SDXL"):
+        engine_cost.measure(scene, LEVELS["block range"]())
 
 
 def test_without_a_gpu_its_measurement_is_refused_in_one_sentence(monkeypatch):

@@ -1,4 +1,7 @@
 """Step Cache Calibrate: what it measures, what it leaves alone, and that Step Cache computes what the profile says."""
+import math
+from dataclasses import replace
+
 import comfy.model_management
 import comfy.samplers
 import folder_paths
@@ -10,13 +13,13 @@ from harness import ONE_PHASE, QUICK, assert_moves, attached, blocks, decisions,
 from pack.core.attach import attach_step_cache, check_profile
 from pack.core.run import Settings
 from pack.core.step import Clock
-from pack.core.stepcache.calibrate import Calibration, listened, profiles_folder
+from pack.core.stepcache.calibrate import Calibration, facts_of, listened, profiles_folder
 from pack.core.stepcache.levels import LEVELS
 from pack.core.stepcache.levels.automatic import Automatic as AutomaticLevel
 from pack.core.stepcache.policies.profile import FromProfile
 from pack.core.stepcache.predictors import PREDICTORS
 from pack.core.stepcache.predictors.automatic import Automatic as AutomaticPredictor
-from pack.core.stepcache.profiles import read
+from pack.core.stepcache.profiles import Profile, read
 from pack.core.stepcache.profiles.recording import Recording
 from pack.nodes.step_cache_calibrate import StepCacheCalibrate
 from testbed import tiny
@@ -252,6 +255,44 @@ def test_what_cannot_be_calibrated_is_refused_in_one_sentence():
     assert "EasyCache is on the same model" in refusal(easy)
     with pytest.raises(ValueError, match="takes one latent"):
         Calibration(model("flux"), [], comfy.samplers.ksampler("euler"), schedule("flux"), 1.0, {"samples": torch.zeros(1, 16, 8)})
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_a_model_whose_output_is_no_number_is_told_in_one_sentence(cfg):
+    calls = iter(range(10_000))
+
+    def overflow(executor, *args, **kwargs):
+        return executor(*args, **kwargs) * (math.nan if next(calls) == 4 else 1.0)
+
+    broken = model("flux").clone()
+    broken.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test.overflow", overflow)
+    assert "output at step 4 has values that are no numbers" in refusal(broken, cfg=cfg)
+
+
+@pytest.mark.parametrize(("sampler", "options", "steady"), [("euler", {"s_churn": 0.0}, True), ("euler", {"s_churn": 0.5}, False), ("heun", {}, True)])
+@pytest.mark.parametrize(("steps", "longest"), [(9, 4), (28, 4), (30, 5), (40, 5), (100, 5)])
+def test_plans_have_as_many_skips_in_a_row_as_a_run_of_that_length_allows(steps, longest, sampler, options, steady):
+    calibration = Calibration(model("flux"), [], comfy.samplers.ksampler(sampler, options), schedule("flux", steps), 1.0, empty())
+    assert calibration.limits == (longest if steady else 1, [0 < n < steps - 1 for n in range(steps)])
+    assert calibration.looks_back == (steady and sampler == "euler"), "with churn a computed step cannot make up for anything"
+
+
+def test_the_steps_in_the_text_are_those_that_a_run_computes():
+    _, text = execute(steps=40, cfg=1.0)
+    for target in ("3x", "4x"):
+        reports: list = []
+        settings = Settings(FromProfile("p", target), AutomaticPredictor(), AutomaticLevel(), max_consecutive_skips=0)
+        sample(attach_step_cache(model("flux"), settings, reports.append), "flux", steps=40, cfg=1.0)
+        computed = ", ".join(str(n) for n, one in enumerate(decisions(reports[0])) if one)
+        assert f"\n{target}: {reports[0].computed} computed steps, {computed}, expected" in text
+
+
+def test_options_of_a_sampler_are_facts_and_no_part_of_its_name():
+    made = facts_of(model("flux"), comfy.samplers.ksampler("dpmpp_2m", {"s_noise": 1.0}), schedule("flux").tolist(), (16, 8, 8), 1.0)
+    assert made.sampler == "dpmpp_2m with s_noise 1.0" and made.sampler_function == "dpmpp_2m" == replace(made, sampler="dpmpp_2m").sampler_function
+    names = made.sampler, "dpmpp_2m", "euler with s_noise 1.0", "euler"
+    gains = [Profile(replace(made, sampler=name), True, torch.eye(STEPS), 1).steps(True)[1] for name in names]
+    assert gains[0] == gains[1] != gains[2] == gains[3]
 
 
 def test_a_sampler_that_adds_noise_gets_single_skips():

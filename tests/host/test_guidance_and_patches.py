@@ -1,7 +1,10 @@
 """What others hang on the model: guidance that skips layers, ControlNet, replaced blocks, wrappers."""
+import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy_extras import nodes_custom_sampler
+from comfy_extras.nodes_perpneg import Guider_PerpNeg
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from harness import (
     CONCRETE,
@@ -19,9 +22,12 @@ from harness import (
     replay_errors,
     run,
     sample,
+    schedule,
     spied,
 )
 
+from pack.core.attach import RUN
+from pack.core.stepcache.error_budget import MOST_GUIDANCE, ErrorBudget
 from pack.core.stepcache.levels import LEVELS
 from testbed import tiny
 
@@ -253,3 +259,60 @@ def test_the_order_of_wrappers_does_not_matter(level, first):
 
 def test_the_blocks_of_a_model_are_the_ones_that_are_told():
     assert len(blocks("flux")) == 5 and len(blocks("z_image")) == 4
+
+
+# guiders with a guidance of their own ------------------------------------------------------------------------------------
+class Stranger(comfy.samplers.CFGGuider):
+    """Guides by a strength that it does not tell."""
+
+    def predict_noise(self, x, timestep, model_options=None, seed=None):
+        both = [self.conds["positive"], self.conds["negative"]]
+        one, other = comfy.samplers.calc_cond_batch(self.inner_model, both, x, timestep, model_options)
+        return other + 3.0 * (one - other)
+
+
+def basic(patcher):
+    guider = nodes_custom_sampler.Guider_Basic(patcher)
+    guider.set_conds(tiny.conditioning("flux", 11))
+    return guider
+
+
+def by_scale(patcher, cfg: float = 2.0, kind=comfy.samplers.CFGGuider):
+    guider = kind(patcher)
+    guider.set_conds(tiny.conditioning("flux", 11), tiny.conditioning("flux", 12))
+    guider.set_cfg(cfg)
+    return guider
+
+
+def dual(patcher, cfg1: float, cfg2: float, nested: bool = False):
+    guider = nodes_custom_sampler.Guider_DualCFG(patcher)
+    guider.set_conds(*(tiny.conditioning("flux", seed) for seed in (11, 13, 12)))
+    guider.set_cfg(cfg1, cfg2, nested=nested)
+    return guider
+
+
+def perp_neg(patcher, cfg: float):
+    guider = Guider_PerpNeg(patcher)
+    guider.set_conds(*(tiny.conditioning("flux", seed) for seed in (11, 12, 13)))
+    guider.set_cfg(cfg, 1.0)
+    return guider
+
+
+@pytest.mark.parametrize(("made", "strength"), [
+    (basic, 1.0), (by_scale, 2.0), (lambda patcher: by_scale(patcher, 1.0), 1.0), (lambda patcher: dual(patcher, 2.5, 1.0), 2.5),
+    (lambda patcher: dual(patcher, 1.5, 3.0, True), 3.0), (lambda patcher: perp_neg(patcher, 2.0), 2.0),
+    (lambda patcher: by_scale(patcher, 1.0, Stranger), MOST_GUIDANCE),
+], ids=["basic", "cfg", "cfg 1", "dual", "dual nested", "perp neg", "stranger"])
+def test_guidance_counts_by_the_largest_scale_of_its_guider_and_by_the_most_where_it_names_none(made, strength):
+    budgets = []
+
+    def look(executor, args, kwargs):
+        budgets.append(args[2]["transformer_options"][RUN].cache.budget)
+
+    guider = made(attached(spied(model("flux"), WrappersMP.PREDICT_NOISE, look), "error control", reports=(reports := [])))
+    noise = tiny.noise("flux")
+    with torch.inference_mode():
+        latent = guider.sample(noise, noise * 0, comfy.samplers.sampler_object("euler"), schedule("flux"), disable_pbar=True, seed=1)
+    expected = ErrorBudget(strength)
+    assert torch.isfinite(latent).all() and reports[0].state == "ran"
+    assert (budgets[0].handed_on, budgets[0].falls, budgets[0].guided) == (expected.handed_on, expected.falls, strength > 1)

@@ -115,6 +115,22 @@ def test_with_churn_euler_is_left_alone():
 
 
 @pytest.mark.parametrize("level", CONCRETE)
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2"])
+def test_a_sampler_that_is_set_to_add_noise_gets_one_skip_of_order_one_at_most(sampler, level):
+    seen = {}
+    for churn in (0.0, 0.5):
+        patched, runs = caught(model("flux"), policy=At(tuple(range(100))), predictor="automatic", level=level, reports=(reports := []))
+        torch.manual_seed(5)
+        with torch.inference_mode():
+            comfy.sample.sample_custom(
+                patched, tiny.noise("flux"), 1.0, comfy.samplers.ksampler(sampler, {"s_churn": churn}), schedule("flux"), tiny.conditioning("flux", 11),
+                tiny.conditioning("flux", 12), tiny.noise("flux") * 0, disable_pbar=True, seed=1)
+        seen[churn] = "".join("s."[computed] for computed in decisions(reports[0])), reports[0].reason, runs[0].cache.store.depth
+    assert "ss" in seen[0.0][0] and "noise" not in seen[0.0][1] and seen[0.0][2] == 3
+    assert "s" in seen[0.5][0] and "ss" not in seen[0.5][0] and f"{sampler} is set to add noise" in seen[0.5][1] and seen[0.5][2] == 2
+
+
+@pytest.mark.parametrize("level", CONCRETE)
 def test_only_guided_output_looks_back(level):
     patched, runs = caught(model("flux"), level=level)
     sample(patched, "flux")

@@ -80,3 +80,9 @@ def test_a_schedule_with_a_number_that_is_none_is_refused_by_calibrate(at):
     sigmas = schedule("flux", 9).clone()
     sigmas[at] = math.nan
     assert f"sigma {at} is nan" in refusal(StepCacheCalibrate, sigmas=sigmas)
+
+
+@pytest.mark.parametrize(("node", "entry"), NUMBERS)
+def test_what_is_no_number_at_all_is_refused_alike(node, entry):
+    for value in (None, "2", []):
+        assert f"{entry.id} is {value}; it must lie between" in refusal(node, **{entry.id: value})

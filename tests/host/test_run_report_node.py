@@ -209,3 +209,12 @@ def test_the_schema_is_valid_and_every_input_tells_what_it_is_for():
     schema = RunReport.GET_SCHEMA()
     schema.validate()
     assert all(entry.tooltip for entry in (*schema.inputs, *schema.outputs)) and not any(entry.optional for entry in schema.inputs)
+
+
+def test_with_two_step_caches_in_a_row_the_second_one_acts_and_the_report_on_the_first_says_which_to_connect():
+    first_reports, second_reports = [], []
+    first = cached(reports=first_reports)
+    second = attached(first, policy="interval", reports=second_reports)
+    sampled(second)
+    assert not first_reports and len(second_reports) == 1 and report(second)[0] is second_reports[0]
+    assert "the model of the last Step Cache before it, as a second one takes the place of the first" in refusal(first)

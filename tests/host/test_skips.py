@@ -1,6 +1,9 @@
 """What a skip runs, what it costs, and where it may not be."""
+import math
+
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 from harness import (
     CONCRETE,
     EVERYTHING,
@@ -107,3 +110,20 @@ def test_a_rising_sigma_forgets_what_was_known(level):
     rise = next(n for n in range(1, len(seen)) if seen[n] > seen[n - 1])
     assert decisions(reports[0])[rise: rise + 3] == [True, True, False], "order 1 needs two computed steps after the rise"
     assert len(schedule("flux")) - 1 == STEPS
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_latent_with_values_that_are_no_numbers_is_told_as_such_and_not_by_an_error(name):
+    calls = iter(range(100))
+
+    def overflow(executor, *args, **kwargs):
+        return executor(*args, **kwargs) * (math.nan if next(calls) == broken else 1.0)
+
+    lines = {}
+    for broken in (11, None):
+        spoilt, calls = model(name).clone(), iter(range(100))
+        spoilt.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test.overflow", overflow)
+        latent, report = run(spoilt, name, cached={"policy": "interval", "predictor": "automatic"})
+        assert not all(decisions(report)) and bool(latent.isfinite().all()) == (broken is None) == (report.estimated_error is not None)
+        lines[broken] = report.line()
+    assert "the latent has values that are no numbers" in lines[11] and "estimated error" not in lines[11] and "no numbers" not in lines[None]

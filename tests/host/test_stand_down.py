@@ -119,3 +119,17 @@ def test_a_schedule_with_a_number_that_is_none_is_sampled_as_without_the_node(at
     latent = sample(attached(model("flux"), reports=reports), "flux", sigmas=sigmas)
     assert torch.equal(latent.nan_to_num(7.0), without.nan_to_num(7.0))
     assert reports[0].state == "off" and f"sigma {at} is {value}" in reports[0].reason
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_a_schedule_that_goes_below_zero_is_sampled_as_without_the_node(cfg, sampler):
+    sigmas, reports = torch.cat([schedule("flux")[:-1], torch.tensor([-0.05, -0.1])]), []
+    without = sample(model("flux"), "flux", sigmas=sigmas, cfg=cfg, sampler=sampler)
+    latent = sample(attached(model("flux"), "error control", reports=reports), "flux", sigmas=sigmas, cfg=cfg, sampler=sampler)
+    assert torch.equal(latent.nan_to_num(7.0), without.nan_to_num(7.0))
+    assert reports[0].state == "off" and "sigma 12 is -0.05, and below 0 there is no noise" in reports[0].reason
+
+
+def test_zero_is_not_below_zero():
+    assert not stand_down([*schedule("flux").tolist()[:-1], -0.0], set(), set())

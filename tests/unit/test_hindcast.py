@@ -374,6 +374,19 @@ def test_where_a_higher_order_did_worse_it_is_not_taken_nearer_by_either(path_of
     assert chosen in nearest
 
 
+@pytest.mark.parametrize(("worse", "chosen"), [(1.0, LINE), (1.1, LINE), (1.5, HOLD), (2.0, HOLD)])
+def test_a_line_that_was_half_as_bad_again_as_hold_three_steps_ahead_is_not_taken_one_step_ahead(worse, chosen):
+    """On a smooth path it would be three times as good there, by its order; but it has just shown that this is none."""
+    hindcast, right, off = Hindcast((HOLD, LINE)), torch.full((8,), 10.0), 0.1
+    past = [Snapshot(STEPS[n], value) for n, value in ((3, None), (6, right * (1 + off)))]
+    line = LINE.weights([STEPS[3], STEPS[6]], STEPS[9])
+    past[0] = Snapshot(STEPS[3], (right * (1 + worse * off) - line[1] * past[1].value) / line[0])
+    hindcast.score(past, STEPS[9], right)
+    hindcast.settle(HOLD)
+    assert [hindcast.known[c].error / STEPS[9].sigma for c in (HOLD, LINE)] == pytest.approx([off, worse * off], rel=1e-3)
+    assert hindcast.choose((STEPS[6], STEPS[9]), STEPS[10])[0] == chosen
+
+
 @pytest.mark.parametrize("candidate", [HOLD, LINE, PARABOLA])
 def test_an_error_grows_by_its_order_and_shrinks_by_it_as_far_as_it_is_trusted(candidate):
     k = candidate.history

@@ -36,12 +36,14 @@ def decisions(policy) -> list[int]:
 
 @pytest.mark.parametrize(("text", "meaning"), [
     ("2.0x", ("speed-up", 2.0)), (" 3X ", ("speed-up", 3.0)), ("1x", ("speed-up", 1.0)), ("0.03", ("tolerance", 0.03)), ("0", ("tolerance", 0.0)), ("", None),
-    ("x", None), ("0.5x", None), ("51x", None), ("1.5", None), ("-0.1", None), ("nan", None), ("nanx", None), ("infx", None), ("2 x 3", None), ("fast", None)])
+    ("x", None), ("0.5x", None), ("51x", None), ("1.5", None), ("-0.1", None), ("nan", None), ("nanx", None), ("infx", None), ("2 x 3", None), ("fast", None),
+    ("２x", None), ("1_0x", None), ("2.x", ("speed-up", 2.0)), (".5", ("tolerance", 0.5)), ("1e-3", ("tolerance", 0.001)), ("1e999", None),
+    (0.03, ("tolerance", 0.03)), (0, ("tolerance", 0.0)), (5, None), (2.0, None), (float("nan"), None), (True, None), (None, None), ([], None)])
 def test_a_target_is_a_speed_up_or_a_tolerance_and_nothing_else(text, meaning):
     assert aim(text) == meaning and bool(no_aim(text)) is (meaning is None)
 
 
-@pytest.mark.parametrize("wrong", [{"target": "fast"}, {"profile": "../x"}, {"max_group": 0}])
+@pytest.mark.parametrize("wrong", [{"target": "fast"}, {"target": 5}, {"target": None}, {"profile": "../x"}, {"max_group": 0}])
 def test_wrong_knobs_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         checked(FromProfile(**wrong))

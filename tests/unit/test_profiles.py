@@ -325,3 +325,9 @@ def test_the_text_tells_small_errors_and_counts_one_as_one():
 def test_an_error_that_no_check_tells_is_left_out_of_the_text():
     profile = replace(made(), checks=(Check(6, 0.0, 0.01),))
     assert "nan" not in described("p", profile, {6: Plan((0, 2, 4, 6, 8, 11), 0.01)})
+
+
+@pytest.mark.parametrize("field", ["\x1b[31mred\x1b[0m", "two\nlines", "\u202eright to left", "\ud800", "long" * 100])
+def test_a_field_name_that_would_write_to_a_terminal_is_shown_and_not_obeyed(folder, field):
+    said = edited(folder, lambda record: record.update({field: 1}))
+    assert said.isprintable() and "which is not known" in said

@@ -67,3 +67,18 @@ def test_a_run_that_was_left_alone_says_why():
 
 def test_a_run_that_was_stopped_at_once_has_a_line():
     assert Report().line().startswith("Step Cache: 0 of 0 evaluations")
+
+
+@pytest.mark.parametrize(("sigmas", "says"), [
+    ([0.1, 0.2, 0.2, 0.5], "sigma rises all the way"), ([0.7] * 4, "sigma stays at 0.7"), ([0.0] * 4, "sigma stays at 0"),
+    ([0.5, 0.4, 0.6], "leave none that may be skipped"), ([0.5], "leave none that may be skipped"),
+])
+def test_a_schedule_on_which_nothing_can_be_skipped_is_told_as_such_and_not_blamed_on_settings(sigmas, says):
+    assert says in Report(each=[Evaluation(sigma, True, 1.0, why="last step") for sigma in sigmas]).line()
+
+
+@pytest.mark.parametrize("knob", ["tolerance", "threshold"])
+def test_a_policy_that_is_set_to_zero_is_told_to_be_switched_off(knob):
+    each = [Evaluation(0.5, True, 1.0), Evaluation(0.4, True, 1.0)]
+    off, on = (Report(policy="p", settings={"policy": {"name": "p", knob: value}}, each=each).line() for value in (0.0, 0.01))
+    assert off.endswith(f"({knob} 0 switches policy 'p' off)") and "switches" not in on

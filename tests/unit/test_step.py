@@ -143,3 +143,44 @@ def test_the_last_step_before_sigma_rises_is_told():
     steps = [clock.tick(sigma) for sigma in clock.sigmas[:-1]]
     assert [step.turns for step in steps] == [False, False, True, False, False] and [step.rises for step in steps] == [False, False, False, True, False]
     assert not any(Clock([1.0, 0.5, 0.5, 0.0], True).tick(sigma).turns for sigma in (1.0, 0.5))
+
+
+# rises ---------------------------------------------------------------------------------------------------------------
+RISING = [1.0, 0.8, 0.6, 0.4, 0.7, 0.5, 0.3, 0.6, 0.4, 0.2, 0.0]     # with rises from 0.4 and from 0.3
+
+
+def stages(sigmas, often: int):
+    """What a sampler evaluates at: the sigmas; each next one too, as Heun's; or the geometric mean in between, as DPM-Solver-2's."""
+    for now, following in pairwise(sigmas):
+        yield now
+        if often == 2 and following > 0:
+            yield following
+        elif often == 3 and following > 0:
+            yield math.sqrt(now * following)
+
+
+@pytest.mark.parametrize("flow", [True, False])
+@pytest.mark.parametrize("often", [1, 2, 3], ids=["once", "heun", "dpm_2"])
+def test_an_evaluation_knows_whether_sigma_rises_later_even_where_it_takes_the_same_values_again(often, flow):
+    clock = Clock(RISING, flow)
+    steps = [clock.tick(sigma) for sigma in stages(RISING, often)]
+    last = max(n for n, (before, now) in enumerate(pairwise(steps)) if now.sigma > before.sigma and before.sigma == 0.3)
+    assert [step.rises_later for step in steps] == [n <= last for n in range(len(steps))]
+
+
+@given(schedules(), st.booleans())
+def test_in_a_schedule_that_falls_sigma_never_rises_later(sigmas, flow):
+    clock = Clock(sigmas, flow)
+    assert clock.descends and not any(clock.tick(sigma).rises_later for sigma in sigmas)
+
+
+def test_where_churn_raises_sigma_on_the_way_a_rise_of_the_schedule_is_still_to_come():
+    """Nothing tells that it is over, so all of the run counts as before it."""
+    clock = Clock(RISING, True)
+    assert all(clock.tick(sigma * 1.2).rises_later for sigma in RISING[:-1])
+
+
+@pytest.mark.parametrize("flow", [True, False])
+def test_a_sigma_below_zero_has_no_noise(flow):
+    clock = Clock([1.0, 0.5, -0.2, -0.4], flow)
+    assert [clock.tick(sigma).noise for sigma in (-0.2, -0.4)] == [0.0, 0.0]

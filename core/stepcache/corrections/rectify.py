@@ -27,7 +27,7 @@ from ...knob import knob
 from .affine import Affine, fit
 from .base import Guess, Kept
 
-LONGEST = 2.0   # of the gain on a change
+MOST_GAIN = 2.0   # of the gain on a change
 
 
 def least_squares(guessed: Tensor, actual: Tensor, over: list[int]) -> Tensor:
@@ -76,7 +76,7 @@ class Rectifying(Kept):
         over = list(range(1, actual.ndim))
         for guess in guesses:
             last, older = guess.last.float(), self.tensors.get((row, guess.predictor))
-            phi = GAINS[self.gain](guess.value.float() - last, actual.float() - last, over).nan_to_num(1.0).clamp(0.0, LONGEST)
+            phi = GAINS[self.gain](guess.value.float() - last, actual.float() - last, over).nan_to_num(1.0).clamp(0.0, MOST_GAIN)
             affine = fit(torch.lerp(last, guess.value.float(), phi), actual, guess.reach, (0,))
             if older is not None:
                 affine, phi = affine.mean(Affine(*older[:3])), (phi + older.phi) / 2

@@ -26,6 +26,7 @@ class Policy(Protocol):
 
     needs_forward: the first blocks must run before it can decide, which is so for two of the signals.
     signal: optional; what it watches, one of those in signal.py.
+    by_error: optional; it skips nothing of which no error is expected, or one without limit.
     by_range: optional; with a level of several ranges of blocks it is asked for each by itself, and sees its output_change alone.
     refuses(family, steps, sampler): optional; why it can skip nothing in such a run, or an empty text. The run then
     computes everything and says why.

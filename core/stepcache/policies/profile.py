@@ -8,6 +8,7 @@ a plan's error comes to in the final latent was measured by check runs. A run th
 computed in full, and the differing field is told.
 """
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,22 +16,22 @@ from ...knob import knob, shown
 from ..profiles import Facts, Plan, Profile, no_name
 
 FASTEST = 50.0
+NUMBER = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,3})?")
 
 
-def aim(text: str) -> tuple[str, float] | None:
-    """("speed-up", 2.0) of "2.0x", ("tolerance", 0.03) of "0.03"; none where the text is something else."""
-    text = text.strip().lower()
+def aim(target: str | float) -> tuple[str, float] | None:
+    """("speed-up", 2.0) of "2.0x", ("tolerance", 0.03) of "0.03" and, from a script, of 0.03; none where it is something else."""
+    text = str(target).strip().lower()
     kind, number = ("speed-up", text[:-1]) if text.endswith("x") else ("tolerance", text)
-    try:
-        value = float(number)
-    except ValueError:
+    if isinstance(target, bool) or not NUMBER.fullmatch(number):
         return None
+    value = float(number)
     low, high = (1.0, FASTEST) if kind == "speed-up" else (0.0, 1.0)
     return (kind, value) if low <= value <= high else None
 
 
-def no_aim(text: str) -> str:
-    return "" if aim(text) else f"expected a speed-up from 1x to {FASTEST:g}x, such as 2.0x, or a relative error from 0 to 1, such as 0.03"
+def no_aim(target: str | float) -> str:
+    return "" if aim(target) else f"expected a speed-up from 1x to {FASTEST:g}x, such as 2.0x, or a relative error from 0 to 1, such as 0.03"
 
 
 @dataclass(frozen=True)

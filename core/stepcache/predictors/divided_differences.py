@@ -1,7 +1,7 @@
 """Newton's divided differences: the polynomial through the last order + 1 snapshots, at their real positions.
 
     out = sum_k w_k H_k,        w_k = prod_{j != k} (t - t_j) / (t_k - t_j)
-    error ~ (n - n_0)^(order + 1), n_0 the last computed step
+    error ~ distance(t_0, t)^(order + 1)       t_0 the last computed step, the distance in the share of noise (base.py)
 
 TaylorSeer (arXiv 2503.06923) divides every difference by the last gap, which is the same thing on an even grid;
 here the grid may be uneven, as it is whenever a policy chooses the steps. FoCa's BDF2 predictor (2508.16211) with the

@@ -3,6 +3,7 @@ import math
 from dataclasses import dataclass
 
 NEAR = 1e-3     # two sigmas this near, relatively, are the same
+WITH = " with "     # between a sampler's name and its options
 
 
 @dataclass(frozen=True)
@@ -11,11 +12,16 @@ class Facts:
 
     family: str
     model: str                      # the diffusion model's class
-    sampler: str                    # the host's sampler function, less its "sample_"
+    sampler: str                    # the host's sampler function, less its "sample_", and its options behind WITH
     sigmas: tuple[float, ...]
     shape: tuple[int, ...]          # of one latent: channels, frames where there are any, height, width
     cfg: float                      # not a number where guidance is another than CFG
     precision: str                  # of the weights
+
+    @property
+    def sampler_function(self) -> str:
+        """Less the options."""
+        return self.sampler.partition(WITH)[0]
 
     @property
     def steps(self) -> int:

@@ -23,7 +23,7 @@ from .recording import NAMES
 
 FORMAT, VERSION = "reprise.profile", 1
 MOST_JSON, MOST_TENSORS = 1 << 20, 4 << 20      # bytes; a profile of 200 steps has 60 KB and 320 KB
-MOST_STEPS, MOST_CHECKS, LONGEST = 200, 16, 200
+MOST_STEPS, MOST_CHECKS, MOST_CHARACTERS, MOST_NUMBERS = 200, 16, 200, 200
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_,-]*(\.[A-Za-z0-9_,-]+)*")
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)    # names that Windows keeps for devices
 LARGE = 1e12
@@ -159,7 +159,7 @@ def overlaps_of(name: str, content: bytes, digest: str, steps: int) -> Tensor:
     try:
         tensors = load(content)
     except SafetensorError as error:
-        raise ValueError(f"profile '{name}': {name}.safetensors is damaged ({str(error)[:80]}); calibrate again") from error
+        raise ValueError(f"profile '{name}': {name}.safetensors is damaged ({str(error)[:80]!r}); calibrate again") from error
     if set(tensors) != {OVERLAPS} or tensors[OVERLAPS].dtype != torch.float64 or tensors[OVERLAPS].shape != (steps, steps):
         raise ValueError(f"profile '{name}': {name}.safetensors does not hold one fp64 tensor '{OVERLAPS}' of {steps} x {steps}; calibrate again")
     overlaps = tensors[OVERLAPS]
@@ -238,12 +238,12 @@ class Fields:
 
     def end(self) -> None:
         if self.left:
-            raise ValueError(f"profile '{self.profile}' has a field '{self.prefix}{str(min(self.left))[:60]}', which is not known; calibrate again")
+            raise ValueError(f"profile '{self.profile}' has a field {f'{self.prefix}{min(self.left)}'[:60]!r}, which is not known; calibrate again")
 
     def text(self, field: str) -> str:
         value = self.take(field)
-        if not isinstance(value, str) or len(value) > LONGEST or not value.isprintable():
-            raise self.wrong(field, f"expected text of at most {LONGEST} characters")
+        if not isinstance(value, str) or len(value) > MOST_CHARACTERS or not value.isprintable():
+            raise self.wrong(field, f"expected text of at most {MOST_CHARACTERS} characters")
         return value
 
     def truth(self, field: str) -> bool:
@@ -266,7 +266,7 @@ class Fields:
 
     def numbers(self, field: str, count: int | None, low: float, high: float, unknown: bool = False, whole: bool = False) -> tuple:
         value = self.take(field)
-        fits = isinstance(value, list) and (len(value) == count if count is not None else len(value) <= LONGEST)
+        fits = isinstance(value, list) and (len(value) == count if count is not None else len(value) <= MOST_NUMBERS)
         if not fits or not all((n is None and unknown) or (numeric(n, low, high) and (isinstance(n, int) or not whole)) for n in value):
             raise self.wrong(field, f"expected {count if count is not None else 'a few'} numbers from {low:g} to {high:g}")
         return tuple(None if n is None else float(n) for n in value)

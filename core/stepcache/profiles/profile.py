@@ -65,7 +65,7 @@ class Profile:
     def steps(self, looks_back: bool) -> tuple[list[float], list[float]]:
         """Gaps and gains."""
         clock = Clock(list(self.facts.sigmas), self.flow)
-        budget = ErrorBudget(1.0, looks_back, self.facts.sampler, clock)
+        budget = ErrorBudget(1.0, looks_back, self.facts.sampler_function, clock)
         steps = [clock.tick(sigma) for sigma in self.facts.sigmas[:-1]]
         return [step.gap for step in steps], [budget.gain(step) for step in steps]
 

@@ -14,9 +14,9 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from ....kernels.drift import relative_error, sampled
 from ...families import Family, Unfamiliar
 from ...store import Row
-from ..hindcast import relative_error, sampled
 from ..levels import BlockRange, Blocks, Call
 from ..signal import FIRST_BLOCK, MODULATED_INPUT
 
