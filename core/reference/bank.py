@@ -61,7 +61,12 @@ class Bank:
             self.pinned[digest] = [tensor for pair in kept.blocks.values() for tensor in pair if self.pin(tensor)]
         return True
 
+    def forget(self, key: Key) -> None:
+        with self.lock:
+            self.drop(key.digest)
+
     def drop(self, digest: str) -> None:
+        """With the lock held."""
         for tensor in self.pinned.pop(digest, ()):
             self.unpin(tensor)
         self.entries.pop(digest, None)

@@ -4,6 +4,7 @@ OUTER_SAMPLE opens and closes a run; PREPARE_SAMPLING claims the handles and has
 of everything that may be compiled, resolves the handles of a call. Without a handle it does nothing at all.
 """
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from .entry import EXACT, Entry, Key, in_eight_bits
 from .handle import NAME, CONDReferences, Facts, Handle, Handles, Reference, handle_of
 from .join import Buffers, Segment
 from .lend import Resident, Streamed
-from .seams import SEAMS
+from .seams import LAYOUTS, SEAMS
 
 log = logging.getLogger("reprise")
 
@@ -97,19 +98,23 @@ class Run:
         self.keeping, self.bank, self.patcher = attachment.keeping, attachment.bank, patcher
         self.record, self.lent, self.buffers = Record(place="not used"), {}, Buffers()
         self.made: list[Key] = []
+        self.lock = threading.Lock()    # the host samples on several GPUs in threads
         self.streamed = attachment.keeping.place == "streamed"
         self.sigmas: dict[tuple[float, float], tuple[float | None, float | None]] = {}
-        self.known: dict[tuple, str] = {}       # (recipe, what tells a row) -> the key's digest
+        self.known: dict[tuple, tuple] = {}     # (recipe, what tells a row) -> where it is in `lent`
 
     def close(self) -> Record:
         if not self.keeping.keep:
             for key in self.made:
-                self.bank.drop(key.digest)
+                self.bank.forget(key)
         self.lent, self.known, self.buffers = {}, {}, Buffers()
         return self.record
 
     def claim(self, conds: dict) -> list[Reference]:
-        """Mark the handles of a run's conditions as read; every reference among them is checked against the model first."""
+        """Mark the handles of a run's conditions as read; every reference among them is checked against the model first.
+
+        A reference comes back as often as it may be encoded: once for each condition, or once if it is there already.
+        """
         network, found = self.patcher.model.diffusion_model, []
         for cond in (cond for entries in conds.values() for cond in entries):
             handle = handle_of(cond)
@@ -118,18 +123,22 @@ class Run:
             for reference in handle.references:
                 if why := reference.recipe.unfit(network):
                     raise ValueError(why)
-            found += [reference for reference in handle.references if reference not in found]
+            found += [reference for reference in handle.references if reference not in found or not is_there(reference.recipe)]
             cond["model_conds"] = {**cond["model_conds"], NAME: CONDReferences(handle, claimed=True)}
         return found
 
     def reserved(self, references: list[Reference]) -> int:
         """Bytes on the GPU that the entries will want: all of them, or two blocks of each where they are streamed."""
         real = self.patcher.model
-        wanted = sum(reference.recipe.bytes(real.diffusion_model, real.get_dtype_inference()) for reference in references if reference.weight > 0)
+        network, dtype = real.diffusion_model, real.get_dtype_inference()
+        sizes = [(reference.recipe.bytes(network, dtype), reference.recipe) for reference in references if reference.weight > 0]
+        narrow = dtype.itemsize if self.keeping.storage == "fp8" else 1
+        wanted = sum(size // (1 if is_there(recipe) else narrow) for size, recipe in sizes)
         if self.keeping.place == "automatic":
             self.streamed = wanted > SHARE * comfy.model_management.get_free_memory(self.patcher.load_device)
         self.record.bytes = wanted
-        return min(wanted, 2 * wanted // 10) if self.streamed else wanted
+        blocks = max((len(LAYOUTS[recipe.seam](network)) for _, recipe in sizes), default=1)
+        return wanted * min(2, blocks) // blocks if self.streamed else wanted
 
     def active(self, handle: Handle, sigma: float) -> list[Reference]:
         return [reference for reference in handle.references if reference.weight > 0 and within(sigma, *self.span(reference))]
@@ -150,38 +159,40 @@ class Run:
 
     def entry(self, recipe, row: "CallRow"):
         """Lent to this run: found in it, in the bank, or made now. What a row's entry hangs on is looked at once in a run, not on every step."""
+        with self.lock:
+            return self.lent_for(recipe, row)
+
+    def lent_for(self, recipe, row: "CallRow"):
         tag = (id(recipe), *row.tag)
         if tag not in self.known:
             facts = row.facts()
             key, ready = recipe.key(facts), recipe.ready(facts)
             if self.keeping.storage != "same" and ready is None:
                 key = Key({**key.fields, "storage": self.keeping.storage}, key.lasting)
-            if key.digest not in self.lent:
+            place = (key.digest, str(facts.device))
+            if place not in self.lent:
                 entry = ready or (self.bank.get(key) if key.lasting else None)
                 if entry is not None:
                     self.record.found.append(entry.source)
-                self.lent[key.digest] = self.make(recipe, key, facts) if entry is None else self.lend(entry, facts.device)
-                if (exactness := self.lent[key.digest].entry.exactness) != EXACT:
+                self.lent[place] = self.make(recipe, key, facts) if entry is None else self.lend(entry, facts.device)
+                if (exactness := self.lent[place].entry.exactness) != EXACT:
                     self.record.exactness = exactness
             if key not in self.record.keys.setdefault(id(recipe), []):
                 self.record.keys[id(recipe)].append(key)
-            self.known[tag] = key.digest
+            self.known[tag] = place
         return self.lent[self.known[tag]]
 
     def lend(self, entry: Entry, device: torch.device):
         if not self.streamed:
             try:
-                self.tell_place("on the GPU" if device.type != "cpu" else "in host memory")
+                self.record.place = "on the GPU" if device.type != "cpu" else "in host memory"
                 return Resident(entry, device)
             except torch.OutOfMemoryError:
                 comfy.model_management.soft_empty_cache()
                 self.streamed = True
                 self.record.reasons.append("the GPU had no room for it, so it is streamed")
-        self.tell_place("streamed from host memory")
+        self.record.place = "streamed from host memory"
         return Streamed(entry, fetcher(device))
-
-    def tell_place(self, place: str) -> None:
-        self.record.place = place
 
     def make(self, recipe, key: Key, facts: Facts):
         """Encode. Nothing of an entry is seen by anybody before the whole of it is there."""
@@ -219,6 +230,11 @@ class Run:
             off = f"keys and values in 8 bits, {torch.stack(errors).mean().item():.1%} off"
             exactness = f"approximate: {off}" if exactness == EXACT else f"{exactness}; {off}"
         return Entry(recipe.family, blocks, key, recipe.source, recipe.rope, ids, exactness, scales=scales)
+
+
+def is_there(recipe) -> bool:
+    """Whether it carries its entries with it."""
+    return hasattr(recipe, "entry") or hasattr(recipe, "entries")
 
 
 def relative_l2(tensor: Tensor, reference: Tensor) -> Tensor:

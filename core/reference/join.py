@@ -6,7 +6,7 @@ w_j weighs a reference: its tokens get w_j times the attention that they would g
 0 leaves the tokens out. Own and entry tokens meet in one buffer per run that every block and every step writes anew.
 """
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,14 +41,22 @@ class Segment:
 
 @dataclass
 class Buffers:
-    """Room for own and entry tokens of one block, by role and shape; it lives as long as a run."""
+    """Room for own and entry tokens of one block, by role and shape, and the patches that use it; it lives as long as a run."""
 
     rooms: dict = field(default_factory=dict)
+    patches: dict = field(default_factory=dict)
+
+    def patch(self, segments: Sequence[Segment], make: Callable[[], object]):
+        """The patch of these segments, the same one in every call of a run: a compiled block looks at which object it is."""
+        key = tuple((segment.weight, *map(id, segment.lent)) for segment in segments)
+        if key not in self.patches:
+            self.patches[key] = make()
+        return self.patches[key]
 
     def room(self, role: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         key = (role, shape, like.dtype, like.device)
         if key not in self.rooms:
-            self.rooms = {k: room for k, room in self.rooms.items() if k[0] != role}
+            self.rooms = {k: room for k, room in self.rooms.items() if (k[0], k[3]) != (role, like.device)}
             self.rooms[key] = like.new_empty(shape)
         return self.rooms[key]
 

@@ -14,7 +14,7 @@ Layout = dict[str, tuple[int, int]]
 def flux(options: dict, network, segments: Sequence[Segment], buffers: Buffers) -> dict:
     """FLUX.1, FLUX.2: behind the `attn1_patch`es that are there."""
     patches = options.get("patches", {})
-    patch = AttentionPatch(segments, buffers, network.pe_embedder)
+    patch = buffers.patch(segments, lambda: AttentionPatch(segments, buffers, network.pe_embedder))
     return {**options, "patches": {**patches, "attn1_patch": [*patches.get("attn1_patch", ()), patch]}}
 
 
