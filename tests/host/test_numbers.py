@@ -9,15 +9,30 @@ from comfy_api.internal import make_locked_method_func
 from harness import model, schedule, spied
 
 from pack.core.knob import knobs
+from pack.core.reference.handle import Handle
 from pack.nodes._api import io
 from pack.nodes.compare_runs import CompareRuns
+from pack.nodes.easycontrol import EasyControlCondition, EasyControlLoader
 from pack.nodes.fastfit import FastFitGarment, FastFitLoader, FastFitPasteBack, FastFitPerson
+from pack.nodes.reference_latents import ReferenceLatentCache
+from pack.nodes.references import (
+    ApplyReferenceCache,
+    ClearReferenceCache,
+    CombineReferenceCache,
+    InspectReferenceCache,
+    LoadReferenceCache,
+    SaveReferenceCache,
+)
 from pack.nodes.run_report import RunReport
 from pack.nodes.step_cache import MENUS, StepCache
 from pack.nodes.step_cache_calibrate import StepCacheCalibrate
+from pack.nodes.template_carriers import TemplateLora, TemplateText
+from pack.nodes.templates import TemplateImage, TemplateLoader, TemplateScalar
 from testbed import tiny
 
-NODES = (StepCache, StepCacheCalibrate, RunReport, CompareRuns, FastFitLoader, FastFitPerson, FastFitGarment, FastFitPasteBack)
+NODES = (StepCache, StepCacheCalibrate, RunReport, CompareRuns, EasyControlLoader, EasyControlCondition, FastFitLoader, FastFitPerson, FastFitGarment,
+         FastFitPasteBack, TemplateLoader, TemplateScalar, TemplateImage, TemplateLora, TemplateText, ReferenceLatentCache, ApplyReferenceCache,
+         CombineReferenceCache, SaveReferenceCache, LoadReferenceCache, InspectReferenceCache, ClearReferenceCache)
 NUMBERS = [pytest.param(node, entry, id=f"{node.__name__}: {entry.id}") for node in NODES for entry in node.GET_SCHEMA().inputs
            if isinstance(entry, (io.Float.Input, io.Int.Input))]
 KNOBS = [pytest.param(kind, name, knob, id=f"{kind} {name}: {knob.name}") for kind, registry in MENUS.items() for name, entry in registry.items()
@@ -33,8 +48,15 @@ def called(node, patcher, **inputs):
             "model": patcher, "positive": tiny.conditioning("flux", 11), "negative": tiny.conditioning("flux", 12),
             "sampler": comfy.samplers.ksampler("euler"), "sigmas": schedule("flux", 9), "latent_image": {"samples": torch.full((1, 16, 8, 8), 1e-6)}},
         CompareRuns: {"image_a": picture, "image_b": picture},
+        EasyControlCondition: {"adapter": None},
         FastFitGarment: {"image": picture, "garment": "upper", "vae": None},
         FastFitPasteBack: {"result": picture, "image": picture, "mask": torch.zeros(1, 16, 16)},
+        TemplateScalar: {"template": None},
+        TemplateImage: {"template": None, "positive": []},
+        TemplateLora: {"model": patcher, "template": None},
+        ReferenceLatentCache: {"model": patcher, "mode": "freeze"},
+        ApplyReferenceCache: {"model": patcher, "positive": [], "negative": [], "reference": Handle()},
+        LoadReferenceCache: {"name": "none"},
     }
     clone = node.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
     return make_locked_method_func(node, "execute", clone)(**{**needed[node], **inputs})

@@ -6,7 +6,15 @@ import pytest
 from devtools.server import DIRECT, ROOT
 from testbed.client import Server, ServerError
 
-NODES = ("Reprise_StepCache", "Reprise_StepCacheCalibrate", "Reprise_RunReport", "Reprise_CompareRuns")
+NODES = (
+    "Reprise_StepCache", "Reprise_StepCacheCalibrate", "Reprise_RunReport", "Reprise_CompareRuns",
+    "Reprise_EasyControlLoader", "Reprise_EasyControlCondition",
+    "Reprise_FastFitLoader", "Reprise_FastFitPerson", "Reprise_FastFitReference", "Reprise_FastFitPasteBack",
+    "Reprise_TemplateLoader", "Reprise_TemplateScalar", "Reprise_TemplateImage", "Reprise_TemplateLora", "Reprise_TemplateText",
+    "Reprise_ReferenceLatentCache",
+    "Reprise_ApplyReferenceCache", "Reprise_CombineReferenceCache", "Reprise_SaveReferenceCache", "Reprise_LoadReferenceCache",
+    "Reprise_InspectReferenceCache", "Reprise_ClearReferenceCache",
+)
 WORKFLOWS = sorted(file.stem for file in (ROOT / "workflows").glob("*.json"))
 
 
