@@ -3,8 +3,7 @@ from ..core.reference.files import names, no_name, read, stamp, write
 from ..core.reference.folders import references_folder
 from ..core.reference.handle import Handle, Reference, with_references
 from ..core.reference.injector import BANK, PLACES, STORAGE, Keeping, attach_references
-from ..core.reference.inspect import described, entries_of
-from ..core.reference.stored import lasting
+from ..core.reference.inspect import described, stored
 from ._api import io
 from .notify import show, text_notifier
 from .numbers import check_numbers
@@ -104,15 +103,16 @@ class SaveReferenceCache(io.ComfyNode):
     def execute(cls, model, reference, trigger, name: str = "reference") -> io.NodeOutput:
         if fault := no_name(name):
             raise ValueError(f"name is '{str(name)[:100]}'; {fault}")
-        found = list(entries_of(model, reference))
-        if not found:
-            raise ValueError("nothing of this reference is kept; sample with the model first, with 'keep' on, and connect what the sampler made to 'trigger'")
-        seams = {recipe.seam for recipe, _ in found}
+        found = stored(model, reference)
+        if len(found) < len(reference.references):
+            raise ValueError("nothing of a reference is kept; sample with the model first, with 'keep' on, and connect what the sampler made to 'trigger'")
+        seams = {one.seam for one in found}
         if len(seams) > 1:
             raise ValueError(f"references for {len(seams)} kinds of model came; save those of each model by themselves")
-        path = write(references_folder(), name, seams.pop(), [lasting(entry, model) for _, entry in found])
-        size = sum(entry.bytes for _, entry in found) / MIB
-        show(f"{len(found)} entries, {size:.1f} MiB, in {path.name}", getattr(cls.hidden, "unique_id", None))
+        path = write(references_folder(), name, found)
+        entries = [entry for one in found for entry in (*one.entries, *one.nulls)]
+        size = sum(entry.bytes for entry in entries) / MIB
+        show(f"{len(found)} references, {len(entries)} entries, {size:.1f} MiB, in {path.name}", getattr(cls.hidden, "unique_id", None))
         return io.NodeOutput(name)
 
 
@@ -149,8 +149,8 @@ class LoadReferenceCache(io.ComfyNode):
         check_numbers(cls, weight=weight, start_percent=start_percent, end_percent=end_percent)
         if start_percent > end_percent:
             raise ValueError(f"start_percent is {start_percent} and end_percent {end_percent}; the start must not lie behind the end")
-        stored = read(references_folder(), name)
-        return io.NodeOutput((reference or Handle()) + Handle((Reference(stored, weight, start_percent, end_percent),)))
+        loaded = Handle(tuple(Reference(one, weight, start_percent, end_percent) for one in read(references_folder(), name)))
+        return io.NodeOutput((reference or Handle()) + loaded)
 
 
 class InspectReferenceCache(io.ComfyNode):

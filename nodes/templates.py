@@ -27,9 +27,9 @@ def in_use() -> list:
     return [
         io.Float.Input("weight", default=1.0, min=0.0, max=10.0, step=0.05, round=0.001, optional=True,
                        tooltip="The attention that the template's tokens get is multiplied by this. 1 is as trained, 0 is none."),
-        io.Float.Input("start", default=0.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
+        io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
                        tooltip="The template acts from this share of the schedule on."),
-        io.Float.Input("end", default=1.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
+        io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
                        tooltip="The template acts up to this share of the schedule."),
         REFERENCE.Input("reference", optional=True, tooltip="References that act beside this one, for example another template."),
     ]
@@ -97,15 +97,15 @@ class TemplateScalar(io.ComfyNode):
 
     @classmethod
     def execute(cls, template, value: float = 0.5, value_2: float = 0.5, value_3: float = 0.5, negative: str = NEGATIVES[0], negative_value: float = 0.5,
-                negative_value_2: float = 0.5, negative_value_3: float = 0.5, weight: float = 1.0, start: float = 0.0, end: float = 1.0,
+                negative_value_2: float = 0.5, negative_value_3: float = 0.5, weight: float = 1.0, start_percent: float = 0.0, end_percent: float = 1.0,
                 reference=None) -> io.NodeOutput:
         check_numbers(cls, value=value, value_2=value_2, value_3=value_3, negative_value=negative_value, negative_value_2=negative_value_2,
-                      negative_value_3=negative_value_3, weight=weight, start=start, end=end)
+                      negative_value_3=negative_value_3, weight=weight, start_percent=start_percent, end_percent=end_percent)
         many = for_node(template, "Template (scalar)").values
         entry = template.entry((value, value_2, value_3)[:many])
         null = template.entry((negative_value, negative_value_2, negative_value_3)[:many]) if negative == NEGATIVES[0] else None
         told(cls, entry)
-        return io.NodeOutput(referred(entry, null, weight, start, end, reference))
+        return io.NodeOutput(referred(entry, null, weight, start_percent, end_percent, reference))
 
 
 class TemplateImage(io.ComfyNode):
@@ -133,9 +133,9 @@ class TemplateImage(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, template, positive, image=None, vae=None, latent=None, negative=None, weight: float = 1.0, start: float = 0.0, end: float = 1.0,
-                reference=None) -> io.NodeOutput:
-        check_numbers(cls, weight=weight, start=start, end=end)
+    def execute(cls, template, positive, image=None, vae=None, latent=None, negative=None, weight: float = 1.0, start_percent: float = 0.0,
+                end_percent: float = 1.0, reference=None) -> io.NodeOutput:
+        check_numbers(cls, weight=weight, start_percent=start_percent, end_percent=end_percent)
         for_node(template, "Template (image)")
         latents = pictures(image, vae, latent)
         prompts = [prompt(conditioning) for conditioning in (positive, negative) if conditioning is not None]
@@ -143,7 +143,7 @@ class TemplateImage(io.ComfyNode):
         made = [template.entry(text, latents, tell=lambda size: show(f"{size / MIB:.0f} MiB for each prompt", unique_id), tick=lambda: bar.update(1))
                 for text in prompts]
         told(cls, made[0])
-        return io.NodeOutput(referred(made[0], made[1] if len(made) > 1 else None, weight, start, end, reference))
+        return io.NodeOutput(referred(made[0], made[1] if len(made) > 1 else None, weight, start_percent, end_percent, reference))
 
 
 def pictures(image, vae, latent) -> list:

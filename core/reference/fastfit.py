@@ -9,6 +9,7 @@ The negative sees null references: latents of zeros, of the same size and class.
 Written from Chong et al., "FastFit: Accelerating Multi-Reference Virtual Try-On via Cacheable Diffusion Models", arXiv 2508.20586.
 """
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -85,4 +86,8 @@ class FastFitReference:
         network(latent, torch.zeros(1, device=latent.device), transformer_options=options)
 
     def other_side(self) -> "FastFitReference":
-        return self if self.null else replace(self, null=True)
+        return self if self.null else self.nothing
+
+    @cached_property
+    def nothing(self) -> "FastFitReference":
+        return replace(self, null=True)

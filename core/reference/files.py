@@ -1,8 +1,9 @@
-"""Entries on disk: <name>.safetensors with the keys and values of one or more entries, and what they were made for.
+"""References on disk: <name>.safetensors with the keys and values of their entries, and what these were made for.
 
-    0.double.3.k, 0.double.3.v, 0.ids, 1.double.0.k, ...     [1, H, T, D] and [T, axes]
+    0.double.3.k, 0.double.3.v, 0.ids, 1.input.1.0.k, ...    [1, H, T, D] and [T, axes]
     0.double.3.ks, 0.double.3.vs                             [1, H, 1, 1], of blocks kept in 8 bits
-    metadata: format, version, entries = JSON list of {family, seam, rope, carrier, exactness, source, null, key}
+    metadata: format, version, references = JSON list of {seam, other},
+    entries = JSON list of {reference, null, family, rope, carrier, exactness, source, key}
 
 A file may come from a stranger: the header is checked whole, names, types and shapes, before a tensor is read.
 """
@@ -19,14 +20,16 @@ from safetensors.torch import save_file
 
 from ..knob import shown
 from .entry import CARRIERS, FP8, ROPES, Entry, Key
-from .stored import Stored
+from .seams import SEAMS
+from .stored import NULL, OTHERS, Stored
 
 FORMAT, VERSION = "reprise.reference", "1"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_,-]*(\.[A-Za-z0-9_,-]+)*")
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)    # names that Windows keeps for devices
-TENSOR = re.compile(r"(\d{1,3})\.(?:(ids)|([a-z]+\.\d{1,4})\.(ks?|vs?))")
+TENSOR = re.compile(r"(\d{1,3})\.(?:(ids)|([a-z]+\.\d{1,4}(?:\.\d{1,4})?)\.(ks?|vs?))")
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": FP8}
-TEXTS = ("family", "seam", "rope", "carrier", "exactness", "source")
+TEXTS = ("family", "rope", "carrier", "exactness", "source")
+MOST = 64       # references, or entries
 LONG = 2000     # characters of a text
 
 
@@ -56,45 +59,65 @@ def stamp(folder: Path, name: str) -> str:
     return f"{found.st_size}:{found.st_mtime_ns}"
 
 
-def write(folder: Path, name: str, seam: str, entries: Sequence[Entry]) -> Path:
-    """The entries, in the place of an older file of that name. A reader finds it whole or not at all."""
+def write(folder: Path, name: str, references: Sequence[Stored]) -> Path:
+    """The references, in the place of an older file of that name. A reader finds it whole or not at all."""
     path, tensors, told = path_of(folder, name), {}, []
-    for i, entry in enumerate(entries):
+    every = [(number, null, entry) for number, reference in enumerate(references)
+             for null, entries in ((False, reference.entries), (True, reference.nulls)) for entry in entries]
+    for i, (number, null, entry) in enumerate(every):
         for block, (k, v) in entry.blocks.items():
             tensors[f"{i}.{block}.k"], tensors[f"{i}.{block}.v"] = k.contiguous(), v.contiguous()
             tensors |= {f"{i}.{block}.{half}s": scale.contiguous() for half, scale in zip("kv", entry.scales.get(block, ()), strict=False)}
         if entry.ids is not None:
             tensors[f"{i}.ids"] = entry.ids.contiguous()
-        told.append({"seam": seam, "key": dict(entry.key.fields), **{name: getattr(entry, name) for name in TEXTS if name != "seam"}})
+        told.append({"reference": number, "null": null, "key": dict(entry.key.fields), **{name: getattr(entry, name) for name in TEXTS}})
+    sides = [{"seam": reference.seam, "other": reference.other} for reference in references]
+    metadata = {"format": FORMAT, "version": VERSION, "references": json.dumps(sides), "entries": json.dumps(told)}
     folder.mkdir(parents=True, exist_ok=True)
     handle, beside = tempfile.mkstemp(dir=folder, prefix=".", suffix=".part")
     os.close(handle)
     try:
-        save_file({key: tensor.clone() for key, tensor in tensors.items()}, beside, {"format": FORMAT, "version": VERSION, "entries": json.dumps(told)})
+        save_file({key: tensor.clone() for key, tensor in tensors.items()}, beside, metadata)     # two may share their storage, which it refuses
         os.replace(beside, path)
     finally:
         Path(beside).unlink(missing_ok=True)
     return path
 
 
-def read(folder: Path, name: str) -> Stored:
-    """The entries of a file as a recipe, or a ValueError that names the first thing which is not as it should be."""
+def read(folder: Path, name: str) -> list[Stored]:
+    """The references of a file, each as a recipe, or a ValueError that names the first thing which is not as it should be."""
     path = path_of(folder, name)
     if not path.is_file():
         known = ", ".join(names(folder)[:12])
         raise ValueError(f"there is no saved reference '{name}'; {f'known: {known}' if known else 'save one with Save Reference Cache'}")
     try:
         with safe_open(path, framework="pt") as file:
-            told, shapes = checked(name, dict(file.metadata() or {}), {key: file.get_slice(key) for key in file.keys()})    # noqa: SIM118 - no mapping
-            return Stored(name, told[0]["seam"], tuple(entry_of(file, i, facts, shapes[i]) for i, facts in enumerate(told)))
+            slices = {key: file.get_slice(key) for key in file.keys()}      # noqa: SIM118 - no mapping
+            sides, told, blocks = checked(name, dict(file.metadata() or {}), slices)
+            entries = [entry_of(file, i, facts, blocks[i]) for i, facts in enumerate(told)]
+        return [Stored(name, facts["seam"], of(entries, told, number, False), facts["other"], of(entries, told, number, True))
+                for number, facts in enumerate(sides)]
     except SafetensorError as error:
         raise ValueError(f"reference '{name}' is damaged or cut off ({str(error)[:80]}); save it again") from error
     except OSError as error:
         raise ValueError(f"reference '{name}' cannot be read ({error.strerror or error}); save it again") from error
 
 
-def checked(name: str, metadata: dict[str, str], slices: dict) -> tuple[list[dict], list[dict[str, list[str]]]]:
-    """What is told of every entry, and {block: [k and v names]} for each."""
+def of(entries: Sequence[Entry], told: Sequence[dict], reference: int, null: bool) -> tuple[Entry, ...]:
+    return tuple(entry for entry, facts in zip(entries, told, strict=True) if (facts["reference"], facts["null"]) == (reference, null))
+
+
+def listed(text: str | None) -> list[dict] | None:
+    """The objects of a JSON list of some of them, or None."""
+    try:
+        told = json.loads(text or "")
+    except (ValueError, RecursionError):
+        return None
+    return told if isinstance(told, list) and 0 < len(told) <= MOST and all(isinstance(facts, dict) for facts in told) else None
+
+
+def checked(name: str, metadata: dict[str, str], slices: dict) -> tuple[list[dict], list[dict], list[dict[str, list[str]]]]:
+    """What is told of every reference and of every entry, and {block: [k and v names]} for each entry."""
     def wrong(text: str) -> ValueError:
         return ValueError(f"reference '{name}': {text}; save it again")
 
@@ -102,12 +125,16 @@ def checked(name: str, metadata: dict[str, str], slices: dict) -> tuple[list[dic
         raise wrong(f"the format is {shown(metadata.get('format'))!r}, expected '{FORMAT}'")
     if metadata.get("version") != VERSION:
         raise wrong(f"the version is {shown(metadata.get('version'))!r}, expected '{VERSION}'")
-    try:
-        told = json.loads(metadata.get("entries", ""))
-    except (ValueError, RecursionError):
-        told = None
-    if not isinstance(told, list) or not 0 < len(told) <= 64 or not all(isinstance(facts, dict) for facts in told):
-        raise wrong("its list of entries is none")
+    sides, told = listed(metadata.get("references")), listed(metadata.get("entries"))
+    if sides is None or told is None:
+        raise wrong("its list of references or entries is none")
+    for facts in sides:
+        if facts.get("seam") not in SEAMS or facts.get("seam") != sides[0]["seam"] or facts.get("other") not in OTHERS:
+            raise wrong(f"it has a reference with seam '{shown(facts.get('seam'))}' and other side '{shown(facts.get('other'))}'")
+    for number, facts in enumerate(sides):
+        for null in (False, True) if facts["other"] == NULL else (False,):
+            if not any((facts.get("reference"), facts.get("null")) == (number, null) for facts in told):
+                raise wrong(f"reference {number} has no entries")
     blocks: list[dict[str, dict]] = [{} for _ in told]
     for key, part in slices.items():
         match = TENSOR.fullmatch(key)
@@ -124,8 +151,10 @@ def checked(name: str, metadata: dict[str, str], slices: dict) -> tuple[list[dic
         fields = facts.get("key")
         if not isinstance(fields, dict) or not all(isinstance(text, str) and len(text) <= LONG for pair in fields.items() for text in pair):
             raise wrong(f"the key of entry {i} is none")
-        if facts["rope"] not in ROPES or facts["carrier"] not in CARRIERS or facts["seam"] != told[0]["seam"]:
-            raise wrong(f"entry {i} has rope '{shown(facts['rope'])}', carrier '{shown(facts['carrier'])}' and seam '{shown(facts['seam'])}'")
+        if facts["rope"] not in ROPES or facts["carrier"] not in CARRIERS:
+            raise wrong(f"entry {i} has rope '{shown(facts['rope'])}' and carrier '{shown(facts['carrier'])}'")
+        if type(facts.get("reference")) is not int or not 0 <= facts["reference"] < len(sides) or not isinstance(facts.get("null"), bool):
+            raise wrong(f"entry {i} is of reference '{shown(facts.get('reference'))}', of which there are {len(sides)}")
         if not found:
             raise wrong(f"entry {i} has no blocks")
         for block, pair in found.items():
@@ -141,7 +170,7 @@ def checked(name: str, metadata: dict[str, str], slices: dict) -> tuple[list[dic
         tokens, ids = {part.get_shape()[2] for pair in found.values() for part in pair.values()}, slices.get(f"{i}.ids")
         if (ids is None) == (facts["rope"] == "pre") or (ids is not None and {ids.get_shape()[0]} != tokens):
             raise wrong(f"entry {i} has rope '{facts['rope']}' and its positions do not fit that")
-    return told, [{block: [f"{i}.{block}.{half}" for half in "kv"] for block in found} for i, found in enumerate(blocks)]
+    return sides, told, [{block: [f"{i}.{block}.{half}" for half in "kv"] for block in found} for i, found in enumerate(blocks)]
 
 
 def entry_of(file, i: int, facts: dict, blocks: dict[str, list[str]]) -> Entry:

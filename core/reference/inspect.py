@@ -1,39 +1,48 @@
 """What references come to on a model, in words, and which entries a run left of them."""
-from collections.abc import Iterator
-
-from .bank import MIB
+from .bank import MIB, Bank
 from .entry import Entry
 from .handle import Handle
-from .injector import last_run
+from .injector import Record, is_there, last_run
+from .stored import NONE, NULL, SAME, Stored, lasting
 
 
-def entries_of(model, handle: Handle) -> Iterator[tuple[object, Entry]]:
-    """(recipe, entry) for all that is there of the handle's references: ready ones, saved ones, and what the last run on the model encoded."""
+def last_of(model) -> tuple[Record | None, Bank]:
     found = last_run(model)
     if found is None:
         raise ValueError("the model has no reference injector on it; connect the model that comes out of Apply Reference Cache")
-    record, bank = found
+    return found
+
+
+def entries_of(model, recipe) -> list[Entry]:
+    """All that is there of a recipe: what it carries with it, or what the last run on the model encoded for it."""
+    record, bank = last_of(model)
+    if is_there(recipe):
+        return [recipe.entry] if hasattr(recipe, "entry") else list(recipe.entries)
+    keys = () if record is None else record.keys.get(id(recipe), ())
+    return [entry for key in keys if (entry := bank.peek(key)) is not None]
+
+
+def stored(model, handle: Handle) -> list[Stored]:
+    """The handle's references as they are saved, those of which nothing is there left out."""
+    found = []
     for reference in handle.references:
-        recipe = reference.recipe
-        if (entry := getattr(recipe, "entry", None)) is not None:
-            yield recipe, entry
-        elif hasattr(recipe, "entries"):
-            yield from ((recipe, entry) for entry in recipe.entries)
-        elif record is not None:
-            for key in record.keys.get(id(recipe), ()):
-                if (entry := bank.peek(key)) is not None:
-                    yield recipe, entry
+        recipe, other = reference.recipe, reference.recipe.other_side()
+        entries = [lasting(entry, model) for entry in entries_of(model, recipe)]
+        nulls = [lasting(entry, model) for entry in entries_of(model, other)] if other not in (None, recipe) else []
+        side = SAME if other is recipe else NULL if nulls else NONE
+        if entries:
+            found.append(Stored("", recipe.seam, entries, side, nulls))
+    return found
 
 
 def described(model, handle: Handle) -> str:
     """A line per reference, and one per entry of it below."""
-    record, bank = last_run(model) or (None, None)
-    entries, lines = list(entries_of(model, handle)), []
+    (record, bank), lines = last_of(model), []
     for number, reference in enumerate(handle.references, 1):
         recipe = reference.recipe
         span = "" if (reference.start, reference.end) == (0.0, 1.0) else f", from {reference.start:g} to {reference.end:g} of the schedule"
         lines.append(f"{number}. {recipe.source}: {recipe.exactness}, weight {reference.weight:g}{span}")
-        own = [entry for other, entry in entries if other is recipe]
+        own = entries_of(model, recipe)
         if not own:
             size = recipe.bytes(model.model.diffusion_model, model.model.get_dtype_inference()) / MIB
             lines.append(f"   not encoded yet; an entry will take {size:.1f} MiB")

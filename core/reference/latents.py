@@ -79,7 +79,8 @@ class Record:
             done = [f"{self.references} reference{'s' * (self.references > 1)} out of the sequence from the first step on",
                     f"{len(self.entries.made)} encoded in {self.entries.seconds:.1f} s" if self.entries.made else "",
                     f"{len(self.entries.found)} from the bank" if self.entries.found else "",
-                    f"{self.entries.bytes / MIB:.1f} MiB, {self.entries.place}; exact for a checkpoint that was trained so, another picture with any other"]
+                    f"{self.entries.bytes / MIB:.1f} MiB, {self.entries.place}; {self.entries.exactness} for a checkpoint that was trained so, "
+                    "another picture with any other"]
             return text + ", ".join(part for part in done if part) + reasons
         mixed = f", {self.mixed} with some of each" if self.mixed else ""
         done = f"{self.full} evaluations in full, {self.frozen} with frozen references (approximate){mixed}, {self.bytes / MIB:.1f} MiB"

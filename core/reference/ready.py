@@ -1,5 +1,6 @@
 """An entry that is there already, as a recipe: made by a node, or read from a file."""
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -67,4 +68,8 @@ class Ready:
         raise TypeError("a ready entry is lent as it is")
 
     def other_side(self) -> "Ready | None":
+        return self.nothing
+
+    @cached_property
+    def nothing(self) -> "Ready | None":
         return None if self.null is None else Ready(self.null, self.seam, self.null)

@@ -6,6 +6,7 @@ shapes and samples of the unpatched weights, and over the patches (LoRA) on them
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -52,13 +53,21 @@ def lasting(entry: Entry, patcher) -> Entry:
     return replace(entry, key=Key(fields))
 
 
+SAME, NULL, NONE = OTHERS = ("same", "null", "none")
+
+
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """name: of the file."""
+    """One reference of the file `name`. entries: for the prompts and sizes that it was encoded for.
+
+    other: what the negative gets where the user gives it nothing of its own: the same, the `nulls`, or none.
+    """
 
     name: str
     seam: str
     entries: Sequence[Entry]
+    other: str = SAME
+    nulls: Sequence[Entry] = ()
 
     @property
     def family(self) -> str:
@@ -92,6 +101,8 @@ class Stored:
 
     def ready(self, facts: Facts) -> Entry:
         """The entry that was made for this row."""
+        if not any("base" in entry.key.fields for entry in self.entries):
+            return self.entries[0]      # hangs on nothing that a run could change
         now = {
             "pooled": lambda: fingerprint(facts.pooled), "guidance": lambda: repr(facts.guidance), "size": lambda: "x".join(map(str, facts.shape)),
             "numerics": lambda: str(facts.dtype), "base": lambda: weights_print(facts.model.current_patcher),
@@ -111,8 +122,12 @@ class Stored:
     def fill(self, facts: Facts, put) -> None:
         raise TypeError("a saved entry is lent as it is")
 
-    def other_side(self) -> "Stored":
-        return self
+    def other_side(self) -> "Stored | None":
+        return {SAME: self, NULL: self.nothing, NONE: None}[self.other]
+
+    @cached_property
+    def nothing(self) -> "Stored | None":
+        return Stored(self.name, self.seam, self.nulls) if self.nulls else None
 
 
 WORDS = {"pooled": "prompt", "guidance": "guidance", "size": "picture size", "numerics": "number type", "base": "model, or the model with other LoRAs"}

@@ -2,23 +2,32 @@
 import json
 import struct
 
+import comfy.sample
 import pytest
 import torch
+import tryon
 from harness import model, sample
 from safetensors.torch import save_file
 from test_easycontrol import condition
 
 from pack.core.reference.bank import Bank
+from pack.core.reference.entry import Entry, Key
 from pack.core.reference.files import names, read, write
 from pack.core.reference.handle import Handle, Reference, with_references
 from pack.core.reference.injector import Keeping, attach_references
-from pack.core.reference.inspect import described, entries_of
-from pack.core.reference.stored import lasting, weights_print
+from pack.core.reference.inspect import described, stored
+from pack.core.reference.ready import Ready
+from pack.core.reference.seams import LAYOUTS
+from pack.core.reference.stored import weights_print
 from testbed import tiny
 
 
 def conditions(handle, pooled=(11, 12)):
     return dict(zip(("positive", "negative"), (with_references(tiny.conditioning("flux", seed), handle) for seed in pooled), strict=True))
+
+
+def loaded(folder, name) -> Handle:
+    return Handle(tuple(map(Reference, read(folder, name))))
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +37,13 @@ def saved(tmp_path_factory):
     handle = Handle((Reference(condition(patcher.model.diffusion_model)),))
     attached = attach_references(patcher, bank=Bank())
     latent = sample(attached, "flux", **conditions(handle))
-    write(folder, "cat", "flux", [lasting(entry, attached) for _, entry in entries_of(attached, handle)])
+    write(folder, "cat", stored(attached, handle))
     return folder, handle, latent
 
 
 def test_a_saved_reference_gives_the_same_picture_in_another_bank(saved):
     folder, _, latent = saved
-    handle = Handle((Reference(read(folder, "cat")),))
+    handle = loaded(folder, "cat")
     assert names(folder) == ["cat"]
     assert torch.equal(sample(attach_references(model("flux"), bank=Bank()), "flux", **conditions(handle)), latent)
 
@@ -44,7 +53,7 @@ def test_a_saved_reference_gives_the_same_picture_in_another_bank(saved):
 ])
 def test_a_saved_reference_is_refused_with_the_field_that_differs(saved, change, field):
     folder, patcher = saved[0], model("flux")
-    handle = Handle((Reference(read(folder, "cat")),))
+    handle = loaded(folder, "cat")
     conds = conditions(handle, change.get("pooled", (11, 12)))
     if "guidance" in change:
         conds = {side: [[text, {**more, "guidance": 2.0}] for text, more in cond] for side, cond in conds.items()}
@@ -97,6 +106,11 @@ HOSTILE = {
     "deep": lambda h: h["__metadata__"].update(entries="{}"),
     "rope": lambda h: told(h, rope="spiral"),
     "carrier": lambda h: told(h, carrier="pickle"),
+    "no such reference": lambda h: told(h, reference=7),
+    "a reference that is no number": lambda h: told(h, reference=True),
+    "no references": lambda h: h["__metadata__"].pop("references"),
+    "seam": lambda h: h["__metadata__"].update(references='[{"seam": "pickle", "other": "same"}]'),
+    "other side": lambda h: h["__metadata__"].update(references='[{"seam": "flux", "other": "null"}]'),
     "no text": lambda h: told(h, source=5),
     "long text": lambda h: told(h, source="x" * 5000),
     "key": lambda h: told(h, key=["a"]),
@@ -149,13 +163,65 @@ def test_a_reference_in_eight_bits_is_saved_and_read_as_it_is(tmp_path):
     handle = Handle((Reference(condition(patcher.model.diffusion_model)),))
     attached = attach_references(patcher, Keeping(storage="fp8"), bank=Bank())
     latent = sample(attached, "flux", **conditions(handle))
-    write(tmp_path, "small", "flux", [lasting(entry, attached) for _, entry in entries_of(attached, handle)])
-    stored = read(tmp_path, "small")
-    assert "8 bits" in stored.exactness
-    assert torch.equal(sample(attach_references(patcher, bank=Bank()), "flux", **conditions(Handle((Reference(stored),)))), latent)
+    write(tmp_path, "small", stored(attached, handle))
+    (small,) = read(tmp_path, "small")
+    assert "8 bits" in small.exactness
+    assert torch.equal(sample(attach_references(patcher, bank=Bank()), "flux", **conditions(loaded(tmp_path, "small"))), latent)
     rewritten(tmp_path / "small.safetensors", lambda header: header.pop("0.double.0.ks"))
     with pytest.raises(ValueError, match="reference 'small'"):
         read(tmp_path, "small")
+
+
+def test_several_references_of_a_file_are_several_again(tmp_path):
+    patcher = model("flux")
+    handle = Handle(tuple(Reference(condition(patcher.model.diffusion_model, seed=seed)) for seed in (5, 6)))
+    attached = attach_references(patcher, bank=Bank())
+    latent = sample(attached, "flux", **conditions(handle))
+    write(tmp_path, "both", stored(attached, handle))
+    assert len(read(tmp_path, "both")) == 2
+    assert torch.equal(sample(attach_references(patcher, bank=Bank()), "flux", **conditions(loaded(tmp_path, "both"))), latent)
+
+
+@pytest.mark.parametrize("null", [True, False])
+def test_a_saved_entry_of_a_template_keeps_its_other_side_and_fits_any_weights(tmp_path, null):
+    patcher = model("flux2")
+    network = patcher.model.diffusion_model
+
+    def ready(seed):
+        generator = torch.Generator().manual_seed(seed)
+        blocks = {name: tuple(torch.randn(1, network.num_heads, 6, 128, generator=generator) for _ in range(2)) for name in LAYOUTS["flux"](network)}
+        return Entry("flux2", blocks, Key({"template": str(seed), "numerics": "as it came"}), "a template")
+
+    handle = Handle((Reference(Ready(ready(1), null=ready(2) if null else None)),))
+
+    def sides(one: Handle) -> dict:
+        return {"positive": with_references(tiny.conditioning("flux2", 11), one),
+                "negative": with_references(tiny.conditioning("flux2", 12), one.other_side())}
+
+    attached = attach_references(patcher, bank=Bank())
+    latent = sample(attached, "flux2", **sides(handle))
+    write(tmp_path, "bright", stored(attached, handle))
+    again = loaded(tmp_path, "bright")
+    assert len(again.other_side().references) == null
+    assert torch.equal(sample(attach_references(patcher, bank=Bank()), "flux2", **sides(again)), latent)
+
+
+def test_a_saved_outfit_keeps_its_null_references(tmp_path):
+    patcher, conds = tryon.fastfit(), tryon.conditioning()
+    handle = tryon.handle(tryon.garment(5, "upper"), tryon.garment(6, "shoe"))
+
+    def latent(model, one: Handle) -> torch.Tensor:
+        noise = tryon.drawn(9, 1, 4, *tryon.SIZE)
+        with torch.inference_mode():
+            return comfy.sample.sample(model, noise, 4, 2.5, "euler", "simple", with_references(conds, one), with_references(conds, one.other_side()),
+                                       noise * 0, disable_pbar=True, seed=1)
+
+    attached = attach_references(patcher, bank=Bank())
+    worn = latent(attached, handle)
+    write(tmp_path, "outfit", stored(attached, handle))
+    again = loaded(tmp_path, "outfit")
+    assert torch.equal(latent(attach_references(patcher, bank=Bank()), again), worn)
+    assert not torch.equal(latent(attach_references(patcher, bank=Bank()), Handle(again.references[:1])), worn)
 
 
 def test_inspect_tells_size_fields_and_hits():

@@ -181,7 +181,7 @@ def test_the_scalar_node_gives_each_side_its_own_values(folder):
     with pytest.raises(ValueError, match="value is nan; it must lie between"):
         execute(templates.TemplateScalar, template, float("nan"))
     with pytest.raises(ValueError, match="start is 0.5 and end 0.5; the start must lie before the end"):
-        execute(templates.TemplateScalar, template, start=0.5, end=0.5)
+        execute(templates.TemplateScalar, template, start_percent=0.5, end_percent=0.5)
 
 
 class Encoder:
