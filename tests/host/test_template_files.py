@@ -172,7 +172,7 @@ def test_a_template_in_the_wrong_node_is_told_the_right_one(folder):
 
 def test_the_scalar_node_gives_each_side_its_own_values(folder):
     template = load("scalar")
-    (handle,) = execute(templates.TemplateScalar, template, 0.7, negative_value=0.4, weight=2.0, end=0.5)
+    (handle,) = execute(templates.TemplateScalar, template, 0.7, negative_value=0.4, weight=2.0, end_percent=0.5)
     (reference,), (other,) = handle.references, handle.other_side().references
     assert reference.recipe.entry.key == template.entry((0.7,)).key and other.recipe.entry.key == template.entry((0.4,)).key
     assert (reference.weight, reference.start, reference.end) == (other.weight, other.start, other.end) == (2.0, 0.0, 0.5)

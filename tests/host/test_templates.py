@@ -197,7 +197,7 @@ def test_a_model_that_the_template_was_not_made_for_is_told_before_it_samples(mo
     handle = referred(bright.entry((0.7,)))
     with pytest.raises(ValueError, match="made for 5 blocks and Flux has 3 of the kind; use it with the flux2 model"):
         sampled(attach_references(tiny.patcher("flux2")), **both(handle))
-    with pytest.raises(ValueError, match="has 2 heads of 128 channels and the model 1 of 128"):
+    with pytest.raises(ValueError, match="has 2 heads of 128 channels in block double.0 and the model 1 of 128"):
         sampled(attach_references(base(hidden=128)), **both(handle))
     with pytest.raises(ValueError, match="was made for FLUX.2 and the model is FLUX.1"):
         sample(attach_references(tiny.patcher("flux")), "flux", steps=1, positive=with_references(tiny.conditioning("flux", 1), handle))
