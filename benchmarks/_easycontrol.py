@@ -166,9 +166,7 @@ def on_a_tiny_model(references: int) -> dict:
         "ours": lambda: _turns.sampled(ours, positive, noise), "public": lambda: _turns.sampled(public, conds, noise),
         "joint": lambda: _turns.sampled(joint, conds, noise), "plain": lambda: _turns.sampled(patcher, conds, noise)})
     return {**_turns.ratios(timed, "ours", {"": "public", "_joint": "joint", "_plain": "plain"}),
-            "max_abs_error": (timed["ours"].latent - timed["joint"].latent).abs().max().item(),
-            "max_abs_error_public": (timed["public"].latent - timed["joint"].latent).abs().max().item(),
-            "effect": (timed["plain"].latent - timed["joint"].latent).abs().max().item()}
+            **_turns.errors(timed, "ours", "joint", "plain", {"_public": "public"})}
 
 
 def rows():

@@ -137,9 +137,8 @@ def on_a_tiny_model(count: int, size: tuple[int, int]) -> dict:
     timed = _turns.in_turn({
         "ours": lambda: _turns.sampled(ours, sides[0], noise, sides[1], CFG), "recomputed": lambda: _turns.sampled(anew, conds, noise, conds, CFG),
         "public": lambda: _turns.sampled(public, conds, noise, conds, CFG), "plain": lambda: _turns.sampled(patcher, conds, noise, conds, CFG)})
-    off = {name: (timed[name].latent - timed["recomputed"].latent).abs().max().item() for name in ("ours", "public", "plain")}
     return {**_turns.ratios(timed, "ours", {"": "recomputed", "_public": "public", "_plain": "plain"}),
-            "max_abs_error": off["ours"], "max_abs_error_public": off["public"], "effect": off["plain"]}
+            **_turns.errors(timed, "ours", "recomputed", "plain", {"_public": "public"})}
 
 
 def rows():

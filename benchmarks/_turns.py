@@ -45,3 +45,17 @@ def ratios(timed: Mapping[str, Timed], ours: str, others: Mapping[str, str]) -> 
         for field in ("wall", "cpu"):
             found[f"{field}_ratio{ending}"] = round(getattr(timed[ours], field) / getattr(timed[other], field), 4)
     return found
+
+
+def errors(timed: Mapping[str, Timed], ours: str, exact: str, plain: str, others: Mapping[str, str] | None = None) -> dict[str, float]:
+    """Of the final latent: the largest difference from `exact`, the same as relative L2, and what the references change at all.
+
+    others: {ending of the field: way} whose largest difference is told beside ours.
+    """
+    right = timed[exact].latent
+
+    def off(way: str) -> float:
+        return (timed[way].latent - right).abs().max().item()
+
+    return {"max_abs_error": off(ours), "relative_error": ((timed[ours].latent - right).norm() / right.norm()).item(), "effect": off(plain),
+            **{f"max_abs_error{ending}": off(way) for ending, way in (others or {}).items()}}
