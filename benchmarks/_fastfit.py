@@ -144,6 +144,6 @@ def on_a_tiny_model(count: int, size: tuple[int, int]) -> dict:
 def rows():
     for count, size in OUTFITS:
         yield {"system": "FastFit", "references": count,
-               "shape": f"SD 1.5, person 768 x 1024, references {size[1] * 8} x {size[0] * 8}; wall: 2 M UNet, all sides a quarter, with guidance",
+               "shape": f"SD 1.5, person 768 x 1024, references {size[1] * 8} x {size[0] * 8}; wall: 4 M UNet, all sides a quarter, with guidance",
                "against": "FLOPs: the cached path of the public code, which doubles keys and values; time: references computed on every step",
                **at_sd15(count, size), **on_a_tiny_model(count, size)}

@@ -12,10 +12,11 @@ SYSTEMS = (_easycontrol, _fastfit, _templates, _klein)
 
 @cache
 def short_rows(system) -> tuple:
-    """All rows of a system, with two steps and one round."""
+    """All rows of a system, with two steps, one round and the smallest pictures."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_turns, "STEPS", 2)
         patch.setattr(_turns, "ROUNDS", 1)
+        patch.setattr(_fastfit, "TINY_SHARE", 8)
         return tuple(system.rows())
 
 
