@@ -27,11 +27,10 @@ TINY, TINY_SIDE, TINY_CONDITION, TINY_RANK = "flux_13m", 32, 16, 8
 
 
 def random_adapter(width: int, double: int, single: int, slots: int, rank: int, device: torch.device | str = "cpu") -> Adapter:
-    generator = torch.Generator().manual_seed(3)
+    generator = None if str(device) == "meta" else torch.Generator().manual_seed(3)
 
     def pair():
-        down, up = (torch.randn(*shape, generator=generator) for shape in ((rank, width), (width, rank))) if str(device) != "meta" else (
-            torch.empty(rank, width, device=device), torch.empty(width, rank, device=device))
+        down, up = (torch.randn(shape, generator=generator, device=device) for shape in ((rank, width), (width, rank)))
         return down / math.sqrt(width), up / math.sqrt(rank) / 2
 
     def slot():
