@@ -22,9 +22,9 @@ TINY_SIDE, TINY = 16, {"hidden": 256, "depth": 2, "depth_single": 3}
 METHOD = "index_timestep_zero"
 
 
-def tiny_model():
+def tiny_model(seed: int = 0):
     """A FLUX.2 of two heads."""
-    net = tiny.fill_(tiny.flux2(comfy.ops.disable_weight_init, **TINY))
+    net = tiny.fill_(tiny.flux2(comfy.ops.disable_weight_init, **TINY), seed)
     return comfy.sd.load_diffusion_model_state_dict(net.state_dict(), model_options={"dtype": torch.float32})
 
 

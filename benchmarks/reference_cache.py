@@ -17,11 +17,11 @@ from pathlib import Path
 from testbed import inprocess
 
 inprocess.start(cpu=True)
-from benchmarks import _easycontrol, _fastfit, _klein, _templates  # noqa: I001 - the host must be on the path first
+from benchmarks import _easycontrol, _fastfit, _image_template, _klein, _templates  # noqa: I001 - the host must be on the path first
 
 import torch
 
-SYSTEMS = (_easycontrol, _fastfit, _templates, _klein)
+SYSTEMS = (_easycontrol, _fastfit, _templates, _image_template, _klein)
 FIELDS = ("system", "references", "shape", "flops_without", "flops_with", "wall_ratio", "entry_bytes", "formula_bytes", "prefill_steps", "max_abs_error",
           "exactness")
 RESULTS = Path(__file__).resolve().parent / "results" / "reference-cache.json"

@@ -4,10 +4,10 @@ from functools import cache
 import pytest
 import torch
 
-from benchmarks import _easycontrol, _fastfit, _klein, _published, _templates, _turns, reference_cache
+from benchmarks import _easycontrol, _fastfit, _image_template, _klein, _published, _templates, _turns, reference_cache
 
 TERA = 1e12
-SYSTEMS = (_easycontrol, _fastfit, _templates, _klein)
+SYSTEMS = (_easycontrol, _fastfit, _templates, _image_template, _klein)
 
 
 @cache
@@ -20,7 +20,7 @@ def short_rows(system) -> tuple:
         return tuple(system.rows())
 
 
-@pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.__name__.rpartition("_")[2])
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.__name__.partition("_")[2])
 def test_rows_have_every_field_and_ways_that_claim_the_same_picture_give_it(system):
     rows = short_rows(system)
     assert rows and len({(row["references"], row["shape"]) for row in rows}) == len(rows)
@@ -77,6 +77,14 @@ def test_tokens_of_a_template_pass_no_linear_layer_and_are_seen_as_the_formula_s
     assert row["flops_with"] - row["flops_plain"] == row["attention_flops_of_tokens"]
     assert row["flops_without"] - row["flops_with"] == row["flops_prefill"] == 50 * 2 * (256 + 3072) * 3072
     assert row["entry_bytes"] == row["formula_bytes"] == 307_200 * 512
+
+
+def test_the_network_of_an_image_template_runs_once_and_its_tokens_pass_no_layer_of_the_model():
+    (row,) = short_rows(_image_template)
+    tokens = 512 + 4096
+    assert row["linear_flops_of_tokens"] == 0 and row["flops_with"] - row["flops_plain"] == 25 * 4 * 3072 * tokens ** 2
+    assert row["flops_without"] - row["flops_with"] == row["flops_prefill"] == row["flops_plain"]
+    assert row["entry_bytes"] == row["formula_bytes"] == 307_200 * tokens == 1350 * 2 ** 20
 
 
 @pytest.mark.parametrize("references", [1, 2])
