@@ -1,6 +1,6 @@
 """What the reference caches save, and what they cost.
 
-    python3 dev.py bench reference-cache     -> results/reference-cache.json; some minutes, on the CPU
+    python3 dev.py bench reference-cache     -> results/reference-cache.json; about ten minutes, on the CPU
 
 Every system is compared with what does the same today, which its row names in `against`: where public code has a cache of
 its own, with that. FLOPs are those of one evaluation after the first, counted by torch at the published sizes on the meta
