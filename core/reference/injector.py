@@ -44,6 +44,11 @@ class Keeping:
     keep: bool = True
     storage: str = "same"
 
+    def __post_init__(self):
+        for name, known in (("place", PLACES), ("storage", STORAGE)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is '{getattr(self, name)}'; choose one of {', '.join(known)}")
+
 
 @dataclass
 class Record:
@@ -57,6 +62,7 @@ class Record:
     exactness: str = EXACT
     reasons: list[str] = field(default_factory=list)
     keys: dict[int, list[Key]] = field(default_factory=dict)    # id of a recipe -> of the entries that were its
+    recipes: list = field(default_factory=list)     # those recipes, so that no other one gets their ids
 
     def line(self) -> str:
         parts = [f"{len(self.made)} encoded in {self.seconds:.1f} s" if self.made else "", f"{len(self.found)} from the bank" if self.found else ""]
@@ -177,6 +183,8 @@ class Run:
                 self.lent[place] = self.make(recipe, key, facts) if entry is None else self.lend(entry, facts.device)
                 if (exactness := self.lent[place].entry.exactness) != EXACT:
                     self.record.exactness = exactness
+            if id(recipe) not in self.record.keys:
+                self.record.recipes.append(recipe)
             if key not in self.record.keys.setdefault(id(recipe), []):
                 self.record.keys[id(recipe)].append(key)
             self.known[tag] = place
@@ -306,6 +314,9 @@ def rows_of(run: Run, model, x: Tensor, context: Tensor | None, options: dict, e
     weights = f"{run.bank.token(model)}/{patcher.patches_uuid}"
     if hooks is not None:   # keyframes may give them another strength on every step
         weights += "".join(f"/{id(hook)} {hook.strength}" for hook in hooks.hooks)
+    # these change what layers compute and leave the token of the weights as it is
+    replaced = any(name.startswith("diffusion_model.") for name in getattr(patcher, "object_patches", ()))
+    lasting = hooks is None and not replaced and not getattr(patcher, "injections", None)
     pooled, guidance, shape = extra.get("y"), extra.get("guidance"), tuple(x.shape[-2:])
     uuids, conds = options.get("uuids") or [None], options.get("cond_or_uncond") or [0]
 
@@ -314,7 +325,7 @@ def rows_of(run: Run, model, x: Tensor, context: Tensor | None, options: dict, e
 
     def facts(i: int) -> Facts:
         guided = None if guidance is None else float(row(guidance, i))
-        return Facts(model, weights, hooks is None, shape, row(pooled, i), guided, row(context, i), model.get_dtype_inference(), x.device, options)
+        return Facts(model, weights, lasting, shape, row(pooled, i), guided, row(context, i), model.get_dtype_inference(), x.device, options)
 
     each = x.shape[0] // len(uuids)
     return [CallRow((uuids[i // each], conds[i // each], i % each, shape, weights, str(x.device)), partial(facts, i)) for i in range(x.shape[0])]

@@ -29,6 +29,8 @@ def stored(model, handle: Handle) -> list[Stored]:
         recipe, other = reference.recipe, reference.recipe.other_side()
         entries = [lasting(entry, model) for entry in entries_of(model, recipe)]
         nulls = [lasting(entry, model) for entry in entries_of(model, other)] if other not in (None, recipe) else []
+        if entries and other not in (None, recipe) and not nulls:
+            raise ValueError(f"what the negative gets of {recipe.source} was not encoded or is not kept; sample with cfg above 1 before you save it")
         side = SAME if other is recipe else NULL if nulls else NONE
         if entries:
             found.append(Stored("", recipe.seam, entries, side, nulls))

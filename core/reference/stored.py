@@ -14,7 +14,7 @@ from .entry import Entry, Key, fingerprint
 from .handle import Facts
 from .ready import Ready
 
-SAMPLES, LENGTH = 32, 1024      # tensors, and elements of each
+ELEMENTS = 16       # of every tensor, spread over it
 
 
 def weights_print(patcher) -> str:
@@ -27,17 +27,16 @@ def weights_print(patcher) -> str:
         for patch in patches:
             digest.update(f"{patch[0]} {patch[2]}".encode())
             update(digest, getattr(patch[1], "weights", patch[1]))
-    chosen = sorted(parts)[::max(1, len(parts) // SAMPLES)]
-    for key in chosen:
-        update(digest, parts[key][0][0])
+        update(digest, weight)
     return digest.hexdigest()[:32]
 
 
 def update(digest, value) -> None:
-    """The first elements of every tensor in a nest of tuples and lists; a quantized one by its codes."""
+    """Some elements of every tensor in a nest of tuples and lists; a quantized one by its codes."""
     if torch.is_tensor(value):
         value = getattr(value, "_qdata", value).detach()
-        digest.update(value.flatten()[:LENGTH].to("cpu").contiguous().view(torch.uint8).numpy().tobytes())
+        some = value.flatten()[::max(1, value.numel() // ELEMENTS)]
+        digest.update(some.to("cpu").contiguous().view(torch.uint8).numpy().tobytes())
     elif isinstance(value, (list, tuple)):
         for part in value:
             update(digest, part)
@@ -103,6 +102,9 @@ class Stored:
         """The entry that was made for this row."""
         if not any("base" in entry.key.fields for entry in self.entries):
             return self.entries[0]      # hangs on nothing that a run could change
+        if not facts.lasting:
+            raise ValueError(f"{self.source} was made for another model: this one's weights are changed by hooks, a bypass LoRA or replaced layers, which a "
+                             "file cannot be compared with; take these away, or encode the reference anew")
         now = {
             "pooled": lambda: fingerprint(facts.pooled), "guidance": lambda: repr(facts.guidance), "size": lambda: "x".join(map(str, facts.shape)),
             "numerics": lambda: str(facts.dtype), "base": lambda: weights_print(facts.model.current_patcher),

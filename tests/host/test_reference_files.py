@@ -1,4 +1,5 @@
 """Saved references: whole or refused, and used with what they were made for alone."""
+import copy
 import json
 import struct
 
@@ -68,6 +69,40 @@ def test_a_saved_reference_is_refused_with_the_field_that_differs(saved, change,
         return
     with pytest.raises(ValueError, match=rf"made for another .*\({field}: "):
         sample(attached, "flux", **conds, **more)
+
+
+@pytest.mark.parametrize("name", ["double_blocks.0.img_attn.qkv.weight", "double_blocks.0.txt_mlp.0.weight", "single_blocks.1.linear2.weight"])
+def test_the_print_of_weights_changes_with_any_matrix(name):
+    patcher = tiny.patcher("flux")
+    before = weights_print(patcher)
+    with torch.no_grad():
+        patcher.model.diffusion_model.get_parameter(name).mul_(1.01)
+    assert weights_print(patcher) != before
+
+
+def test_layers_that_were_replaced_are_encoded_anew_and_no_saved_reference_is_taken_for_them(saved):
+    folder, handle, _ = saved
+    bank, patcher = Bank(), tiny.patcher("flux")     # of its own: the host leaves replaced layers in place until another model is loaded
+    sample(attach_references(patcher, bank=bank), "flux", **conditions(handle))
+    key, changed = "diffusion_model.double_blocks.0.img_attn.qkv", patcher.clone()
+    layer = copy.deepcopy(patcher.model.diffusion_model.double_blocks[0].img_attn.qkv)
+    with torch.no_grad():
+        layer.weight.mul_(1.1)
+    changed.add_object_patch(key, layer)
+    got = sample(attach_references(changed, bank=bank), "flux", **conditions(handle))
+    assert len(bank) == 2 and torch.equal(got, sample(attach_references(changed, bank=Bank()), "flux", **conditions(handle)))
+    with pytest.raises(ValueError, match="made for another model"):
+        sample(attach_references(changed, bank=Bank()), "flux", **conditions(loaded(folder, "cat")))
+
+
+def test_an_outfit_whose_null_was_never_encoded_is_not_saved():
+    handle, conds = tryon.handle(tryon.garment(5, "upper")), tryon.conditioning()
+    attached = attach_references(tryon.fastfit(), bank=Bank())
+    noise = tryon.drawn(9, 1, 4, *tryon.SIZE)
+    with torch.inference_mode():
+        comfy.sample.sample(attached, noise, 2, 1.0, "euler", "simple", with_references(conds, handle), conds, noise * 0, disable_pbar=True, seed=1)
+    with pytest.raises(ValueError, match="sample with cfg above 1"):
+        stored(attached, handle)
 
 
 def test_the_print_of_weights_is_the_same_loaded_and_patched_and_another_with_another_lora():
