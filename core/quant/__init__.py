@@ -1,0 +1,1 @@
+"""Quantized models: formats (read), transcode, loader, save, modulation cache, attention, doctor."""
