@@ -1,6 +1,6 @@
 """Load a model in any format that is read here, and save one in ComfyUI's own."""
 from ..core.quant import folders
-from ..core.quant.formats import FORMATS
+from ..core.quant.formats import known_formats
 from ..core.quant.loader import load
 from ..core.quant.plan import COMPUTE, Settings, read_plan
 from ..core.quant.save import save
@@ -24,7 +24,7 @@ class QuantizedModelLoader(io.ComfyNode):
             search_aliases=["gguf", "nunchaku", "svdquant", "int8", "fp8", "unet loader", "load diffusion model"],
             inputs=[
                 io.Combo.Input("model_name", options=folders.model_files(), tooltip="A file of models/diffusion_models: .safetensors or .gguf."),
-                io.Combo.Input("format", options=["auto", *dict.fromkeys(name for form in FORMATS for name in form.names)], default="auto", optional=True, advanced=True,
+                io.Combo.Input("format", options=["auto", *known_formats()], default="auto", optional=True, advanced=True,
                                tooltip="The format that the file must have. auto takes what is there."),
                 io.Combo.Input("compute", options=list(COMPUTE), default="auto", optional=True,
                                tooltip="auto: int8 where the GPU multiplies int8 fast, else as the file has it. int8: 8 bits for weights and activations, "

@@ -69,7 +69,7 @@ class HostFormats:
             "mxfp8": scale.numel() * 32 >= rows * columns, "nvfp4": scale.numel() * 16 >= rows * columns,
         }.get(form, scale.numel() == 1)
         if not fits:
-            raise BadFile(f"'{file.name}': layer '{name}' is stored as {form}, and its {rows} x {columns} weights and {scale.numel()} scales do not fit together")
+            raise BadFile(f"'{file.name}': layer '{name}' is stored as {form}, whose {rows} x {columns} weights and {scale.numel()} scales do not fit")
         group = option(conf, "convrot_groupsize", 256)
         if option(conf, "convrot", False) and (not isinstance(group, int) or group not in (4, 16, 64, 256, 1024) or columns % group):
             raise BadFile(f"'{file.name}': layer '{name}' says it is rotated in groups of {group!r}, and has {columns} columns")
