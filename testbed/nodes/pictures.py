@@ -1,4 +1,5 @@
 """Drawn pictures for workflows that open one: a heart, a person with a place to dress, and a striped shirt."""
+import math
 from pathlib import Path
 
 import folder_paths
@@ -33,11 +34,11 @@ def ground(height: int, width: int) -> Tensor:
     return torch.tensor(GROUND).view(3, 1, 1).expand(3, height, width)
 
 
-def heart(side: int = 128) -> Tensor:
+def heart(side: int = 128, right: float = -0.28, up: float = -0.2, size: float = 0.46, turn: float = 0.35) -> Tensor:
     """[3, side, side]: smaller than a heart of the emoji, to the lower left, and leaning."""
     x, y = places(side, side)
-    x, y = (x + 0.28) / 0.46, (y + 0.2) / 0.46
-    x, y = x * 0.94 - y * 0.34, x * 0.34 + y * 0.94
+    x, y = (x - right) / size, (y - up) / size
+    x, y = x * math.cos(turn) - y * math.sin(turn), x * math.sin(turn) + y * math.cos(turn)
     return filled(ground(side, side), (x * x + y * y - 1) ** 3 < x * x * y ** 3, RED)
 
 

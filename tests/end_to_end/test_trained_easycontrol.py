@@ -11,15 +11,16 @@ from pack.core.reference.bank import Bank
 from pack.core.reference.easycontrol import EasyControl, read_adapter
 from pack.core.reference.handle import Handle, Reference, with_references
 from pack.core.reference.injector import attach_references
-from testbed import procedural, train
+from testbed import train
 from testbed.easycontrol import published
 from testbed.edges import agreement, edges
+from testbed.nodes.pictures import heart
 from testbed.nodes.text import encode
 from testbed.taesd import TAESD
 
 MODELS = Path(__file__).resolve().parent.parent.parent / "testbed" / "models"
 FILE = "easycontrol_tiny.safetensors"
-COUNT, STEPS = 8, 12
+CAPTIONS, STEPS = ("red heart", "blue heart", "yellow heart") * 2, 12
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,10 @@ def taesd() -> TAESD:
 
 @pytest.fixture(scope="module")
 def pictures() -> tuple[Tensor, list[str]]:
-    """Drawn shapes that no training step has seen, and what they show."""
-    return procedural.batch(COUNT, 128, torch.Generator().manual_seed(4242))
+    """Hearts of other sizes, places and angles than the model has learnt, drawn from a formula, and their captions."""
+    right, up, size, turn = (torch.rand(4, len(CAPTIONS), generator=torch.Generator().manual_seed(4242)) - 0.5).tolist()
+    shown = [heart(128, 0.8 * right[i], 0.8 * up[i], 0.45 + 0.2 * size[i], 0.8 * turn[i]) for i in range(len(CAPTIONS))]
+    return torch.stack(shown), list(CAPTIONS)
 
 
 def condition(adapter, picture: Tensor) -> EasyControl:
@@ -54,7 +57,7 @@ def drawn(flux, taesd, caption: str, recipe: EasyControl | None, seed: int, step
     """The latent, and the picture [1, 3, 128, 128] in it."""
     positive, negative = bench.conditions([caption])
     if recipe is not None:
-        flux = attach_references(flux, bank=bank or Bank())
+        flux = attach_references(flux, bank=Bank() if bank is None else bank)
         positive = with_references(positive, Handle((Reference(recipe),)))
     noise = torch.randn((1, 16, 16, 16), generator=torch.Generator().manual_seed(seed))
     latent = bench.sample_under(flux, (positive, negative), noise, steps, 1.0, "euler")
@@ -69,7 +72,7 @@ def test_a_picture_keeps_to_the_edges_of_its_condition_and_not_to_those_of_anoth
     free = torch.cat([drawn(flux, taesd, caption, None, 60 + i)[1] for i, caption in enumerate(captions)])
     own, other, without = (agreement(edges(a), b).mean().item() for a, b in ((steered, lines), (steered, lines.roll(1, 0)), (free, lines)))
     print(f"agreement of edges: {own:.2f} with the own condition, {other:.2f} with another's, {without:.2f} without the adapter")
-    assert own > other + 0.15 and own > without + 0.15
+    assert own > other + 0.25 and own > without + 0.25
 
 
 def test_the_training_code_computes_what_the_nodes_compute(flux, adapter, taesd, pictures):
