@@ -1,9 +1,10 @@
 """References on a sampling: put on model and conditioning, combined, saved, loaded, looked at and forgotten."""
 from ..core.reference.files import names, no_name, read, stamp, write
 from ..core.reference.folders import references_folder
-from ..core.reference.handle import Handle, Reference, with_references
-from ..core.reference.injector import BANK, PLACES, STORAGE, Keeping, attach_references
+from ..core.reference.handle import Handle, Reference, unfit, with_references
+from ..core.reference.injector import BANK, attach_references
 from ..core.reference.inspect import described, stored
+from ..core.reference.run import PLACES, STORAGE, Keeping
 from ._api import io
 from .notify import show, text_notifier
 from .numbers import check_numbers
@@ -56,10 +57,9 @@ class ApplyReferenceCache(io.ComfyNode):
         network = model.model.diffusion_model
         other = reference.other_side() if negative_reference is None else negative_reference
         for one in (*reference.references, *other.references):
-            if why := one.recipe.unfit(network):
+            if why := unfit(one.recipe, network):
                 raise ValueError(why)
-        BANK.limited(limit_mib * MIB)
-        attached = attach_references(model, Keeping(place, keep, storage), text_notifier(getattr(cls.hidden, "unique_id", None)))
+        attached = attach_references(model, Keeping(place, keep, storage, limit_mib * MIB), text_notifier(getattr(cls.hidden, "unique_id", None)))
         return io.NodeOutput(attached, with_references(positive, reference), with_references(negative, other))
 
 
