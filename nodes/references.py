@@ -147,8 +147,6 @@ class LoadReferenceCache(io.ComfyNode):
     @classmethod
     def execute(cls, name: str, weight: float = 1.0, start_percent: float = 0.0, end_percent: float = 1.0, reference=None) -> io.NodeOutput:
         check_numbers(cls, weight=weight, start_percent=start_percent, end_percent=end_percent)
-        if start_percent > end_percent:
-            raise ValueError(f"start_percent is {start_percent} and end_percent {end_percent}; the start must not lie behind the end")
         loaded = Handle(tuple(Reference(one, weight, start_percent, end_percent) for one in read(references_folder(), name)))
         return io.NodeOutput((reference or Handle()) + loaded)
 
