@@ -33,14 +33,16 @@ class ApplyReferenceCache(io.ComfyNode):
                                 tooltip="For the negative alone. Left out, EasyControl and saved references act on both sides, FastFit has its empty garment "
                                         "there, and a template acts on the positive side alone unless it was given a negative value."),
                 io.Boolean.Input("keep", default=True, optional=True,
-                                 tooltip="Entries stay in host memory for the next run, whatever its seed or sampler. Off forgets them when the run ends."),
+                                 tooltip="Entries stay in host memory for the next run, whatever its seed or sampler. Off forgets them when the run ends, "
+                                         "and what earlier runs left of the same references."),
                 io.Combo.Input("place", options=list(PLACES), default=PLACES[0], optional=True, advanced=True,
                                tooltip="Where entries are during a run: on the GPU, streamed to it a block ahead, or by size."),
                 io.Combo.Input("storage", options=list(STORAGE), default=STORAGE[0], optional=True, advanced=True,
                                tooltip="How keys and values are kept: as they came, which is exact, or in 8 bits, which is approximate: how far off they are "
                                        "is told under the node."),
                 io.Int.Input("limit_mib", default=8192, min=0, max=1 << 20, optional=True, advanced=True,
-                             tooltip="Most host memory for all kept entries, in MiB. The least recently used leave first."),
+                             tooltip="Most host memory for all kept entries of all workflows, in MiB; that of the run that began last holds. "
+                                     "The least recently used leave first."),
             ],
             outputs=[
                 io.Model.Output("model", tooltip="The model that can read the references."),

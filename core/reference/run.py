@@ -91,7 +91,8 @@ class Run:
     def __init__(self, keeping: Keeping, bank: Bank, patcher):
         self.keeping, self.bank, self.patcher = keeping, bank, patcher
         self.record, self.loans, self.buffers = Record(place="not used"), Loans(), Buffers()
-        self.used: list[Key] = []       # of entries that are in the bank because of this run or an earlier one
+        self.used: dict[str, Key] = {}      # by digest, of entries that are in the bank because of this run or an earlier one
+        self.counted: set[tuple] = set()    # places whose entries the record has among those that were found
         self.dropped = 0
         self.lock = threading.Lock()    # the host samples on several GPUs in threads
         self.streamed = keeping.place == "streamed"
@@ -102,7 +103,7 @@ class Run:
 
     def close(self) -> Record:
         if not self.keeping.keep:
-            for key in self.used:
+            for key in self.used.values():
                 self.bank.forget_reference(key)
         if self.dropped:
             self.record.reasons.append(f"{self.dropped} entries left before the end, so that no more memory was taken than was reserved")
@@ -187,14 +188,15 @@ class Run:
             size = self.size(recipe) if ready is None else ready.bytes
             self.make_room(size, place, using)
             entry = ready or (self.bank.get(key) if key.lasting else None)
-            if entry is not None:
+            if entry is not None and place not in self.counted:     # one that left and came back is found once
                 self.record.found.append(entry.source)
+            self.counted.add(place)
             lent = self.make(recipe, key, facts) if entry is None else self.lend(entry, facts.device)
             self.loans.put(place, lent, size)
             if lent.entry.exactness != EXACT:
                 self.record.exactness = lent.entry.exactness
             if ready is None and key.lasting:
-                self.used.append(key)
+                self.used[key.digest] = key
         self.record.note(recipe, key, facts)
         return place, lent
 

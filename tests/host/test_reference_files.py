@@ -151,8 +151,9 @@ def test_what_was_encoded_on_a_model_that_is_gone_is_not_saved_under_another_one
 
 
 def test_a_file_that_is_saved_again_keeps_the_weights_that_it_was_made_for(saved, tmp_path):
-    again, attached = loaded(saved[0], "cat"), attach_references(with_lora(model("flux")), bank=Bank())
-    write(tmp_path, "copy", stored(attached, again))
+    again, attached = loaded(saved[0], "cat"), attach_references(model("flux"), bank=Bank())
+    sample(attached, "flux", **conditions(again))
+    write(tmp_path, "copy", stored(with_lora(attached), again))
     assert torch.equal(sample(attach_references(model("flux"), bank=Bank()), "flux", **conditions(loaded(tmp_path, "copy"))), saved[2])
 
 

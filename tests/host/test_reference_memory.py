@@ -12,6 +12,7 @@ from pack.core.reference.bank import Bank
 from pack.core.reference.handle import Handle, Reference, with_references
 from pack.core.reference.injector import RUN, Keeping
 from pack.core.reference.lend import Loans
+from pack.core.reference.run import Run
 from testbed import tiny
 
 LAYER = "diffusion_model.double_blocks.0.img_attn.qkv"
@@ -114,3 +115,20 @@ def test_a_span_that_ends_where_it_begins_encodes_nothing():
     bank = Bank()
     one = Handle((Reference(condition(model("flux").model.diffusion_model), start=0.0, end=0.0),))
     assert torch.equal(sample(used(model("flux"), bank), "flux", **conds(one)), sample(model("flux"), "flux")) and not len(bank)
+
+
+def test_an_entry_that_left_comes_back_from_the_bank_and_is_told_once(monkeypatch):
+    """Room for one of two conditions that take turns, as of tiles of two sizes."""
+    records, bank, real = [], Bank(), Run.reserved
+
+    def half(run, references):
+        whole = real(run, references)
+        run.loans.limit = run.record.bytes // 2
+        return whole
+
+    apart = conds(handle(5), handle(6, weight=0.999999999))      # of two weights, so not in one batch
+    wanted = sample(used(model("flux")), "flux", **apart)
+    monkeypatch.setattr(Run, "reserved", half)
+    assert torch.equal(sample(used(model("flux"), bank, records), "flux", **apart), wanted)
+    assert len(records[0].made) == 2 and len(records[0].found) == 0 and len(bank) == 2
+    assert f"{2 * STEPS - 1} entries left before the end" in records[0].line()
