@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..registry import Registry
-from .machine import EAGER, INT8, KITCHEN_INT8, OWN_GGUF, OWN_INT8, SAGE_1, SAGE_2, Capabilities, Machine, svdquant
+from .machine import KITCHEN, KITCHEN_INT8, OWN_GGUF, PLAIN, SAGE_1, SAGE_2, Capabilities, Machine, svdquant
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ def by_triton(machine: Machine) -> str:
 
 
 def by_int8(machine: Machine) -> str:
-    backend = machine.serves.get(INT8, "")
-    if backend not in ("", EAGER):
-        return backend if backend in ("cuda", "hip", "triton") else "cuda"
-    return "own" if not machine.triton and OWN_INT8 in machine.kernels else "torch"
+    by = Capabilities.of(machine).int8.by
+    if not by.startswith(KITCHEN):
+        return "torch" if by == PLAIN else "own"
+    return backend if (backend := by.removeprefix(KITCHEN)) in ("hip", "triton") else "cuda"
 
 
 def by_fp8(machine: Machine) -> str:
@@ -74,7 +74,7 @@ def by_svdquant(machine: Machine) -> str:
     route = svdquant(machine)
     if route.fast:
         return "hip" if machine.amd else "units"
-    return "torch" if route.by == "plain torch" else "emulated"
+    return "torch" if route.by == PLAIN else "emulated"
 
 
 def by_gguf(machine: Machine) -> str:

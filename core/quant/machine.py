@@ -12,6 +12,7 @@ INT8 = "int8_linear"            # operations of comfy_kitchen
 NVFP4 = "scaled_mm_nvfp4"
 SVDQUANT = ("quantize_svdquant_w4a4", "scaled_mm_svdquant_w4a4", "gemv_awq_w4a16")
 EAGER = "eager"                 # comfy_kitchen's backend that is plain torch
+PLAIN, KITCHEN = "plain torch", "comfy_kitchen "    # who does the work, and how the names of comfy_kitchen's backends begin
 OWN_INT8 = "int8 matmul"        # names of Reprise's kernels
 OWN_GGUF = "gguf"               # and how those begin that unpack GGUF
 INT4_UNITS = (8,)               # first numbers of the compute capabilities with int4 matrix units: RTX 30 and 40, A100
@@ -81,17 +82,17 @@ class Capabilities:
 
 
 def triton(machine: Machine) -> Route:
-    return Route("plain torch", False, machine.triton) if machine.triton else Route("Triton", True)
+    return Route(PLAIN, False, machine.triton) if machine.triton else Route("Triton", True)
 
 
 def int8(machine: Machine) -> Route:
     backend = machine.serves.get(INT8, "")
     if backend not in ("", EAGER):
-        return Route(f"comfy_kitchen {backend}", True)
+        return Route(KITCHEN + backend, True)
     why = kitchen_off(machine)
     if not machine.triton and OWN_INT8 in machine.kernels:
         return Route("Reprise's Triton kernel", True, why)
-    return Route("plain torch", False, f"{why}; {machine.triton}" if machine.nvidia and machine.triton else why)
+    return Route(PLAIN, False, f"{why}; {machine.triton}" if machine.nvidia and machine.triton else why)
 
 
 def fp8(machine: Machine) -> Route:
@@ -106,17 +107,17 @@ def nvfp4(machine: Machine) -> Route:
     backend = machine.serves.get(NVFP4, "")
     if backend in ("", EAGER):
         return Route("16 bits", False, kitchen_off(machine))
-    return Route(f"comfy_kitchen {backend}", True)
+    return Route(KITCHEN + backend, True)
 
 
 def svdquant(machine: Machine) -> Route:
     backends = {machine.serves.get(operation, "") for operation in SVDQUANT}
     if backends & {"", EAGER}:
-        return Route("plain torch", False, kitchen_off(machine))
+        return Route(PLAIN, False, kitchen_off(machine))
     [backend] = backends if len(backends) == 1 else [", ".join(sorted(backends))]
     if machine.nvidia and (machine.capability or (0, 0))[0] not in INT4_UNITS:
-        return Route(f"comfy_kitchen {backend}, emulated", False, "the GPU has no int4 units, which RTX 30 and 40 have")
-    return Route(f"comfy_kitchen {backend}", True)
+        return Route(f"{KITCHEN}{backend}, emulated", False, "the GPU has no int4 units, which RTX 30 and 40 have")
+    return Route(KITCHEN + backend, True)
 
 
 def attention(machine: Machine) -> Route:
