@@ -23,8 +23,11 @@ class Doctor(io.ComfyNode):
             outputs=[io.String.Output("text", tooltip="The findings, a line each: what was found, what is used, one line of advice.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            not_idempotent=True,
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, trigger=None) -> float:
+        return float("nan")     # looks again every time
 
     @classmethod
     def execute(cls, trigger=None) -> io.NodeOutput:

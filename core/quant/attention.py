@@ -35,7 +35,7 @@ FAILURES = (RuntimeError, ValueError, TypeError, AssertionError, OSError, Import
 
 @dataclass(frozen=True)
 class Settings:
-    """first, last: steps of the schedule that stay in full precision; measure: compute the first served evaluation both ways."""
+    """first, last: steps of the schedule that a backend of few bits leaves in full precision; measure: compute the first served evaluation both ways."""
 
     backend: str = AUTOMATIC
     first: int = 1
@@ -102,7 +102,8 @@ class Run:
     """One sampling: where it is, and what was served."""
 
     def __init__(self, backend: Backend, settings: Settings, clock: Clock):
-        self.backend, self.settings, self.clock = backend, settings, clock
+        self.backend, self.clock = backend, clock
+        self.first, self.last = (settings.first, settings.last) if backend.low else (0, 0)
         self.record = Record(backend.name, backend.low)
         self.active = False             # inside an evaluation that may be served
         self.measuring = settings.measure and backend.low
@@ -110,9 +111,17 @@ class Run:
         self.failed: set[tuple] = set()     # kinds of calls that the backend broke off
         self.lock = threading.Lock()        # the host samples on several GPUs in threads
 
-    def begin(self, sigma: float) -> None:
+    def __deepcopy__(self, memo):
+        return self     # a node may copy all options of a model
+
+    def begin(self, timestep: torch.Tensor) -> None:
+        """An evaluation begins. The sigma is fetched from the GPU only where it matters."""
+        if not self.first and not self.last:
+            self.active = True
+            return
+        sigma = timestep.flatten()[0].item()
         index = self.clock.tick(sigma).index if math.isfinite(sigma) else -1
-        self.active = self.settings.first <= index < self.clock.steps - self.settings.last
+        self.active = self.first <= index < self.clock.steps - self.last
 
     def end(self) -> None:
         self.active = False
@@ -215,7 +224,7 @@ def open_run(settings: Settings, guider, sigmas: torch.Tensor) -> tuple[Run | No
         why = "torch.compile keeps the attention that it saw first; start ComfyUI with the backend instead (--use-sage-attention)"
     elif len(schedule) < 2 or not all(math.isfinite(sigma) and sigma >= 0 for sigma in schedule):
         why = why or "the schedule has too few sigmas, or some that are no numbers"
-    elif settings.first + settings.last >= len(schedule) - 1:
+    elif backend is not None and backend.low and settings.first + settings.last >= len(schedule) - 1:
         why = why or f"all {len(schedule) - 1} steps are first or last ones, in full precision"
     if why:
         return None, Record(settings.backend, reason=why)
@@ -250,7 +259,7 @@ def predict_noise(executor, x, timestep, model_options=None, seed=None):
     run = options.get("transformer_options", {}).get(RUN)
     if run is None:
         return executor(x, timestep, options, seed)
-    run.begin(timestep.flatten()[0].item())
+    run.begin(timestep)
     try:
         return executor(x, timestep, options, seed)
     finally:

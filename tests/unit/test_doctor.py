@@ -124,7 +124,8 @@ def test_no_advice_is_given_that_a_machine_cannot_follow_or_does_not_need(name, 
 @pytest.mark.parametrize(("name", "topic", "words"), [
     ("no Triton", "Triton", "not installed"), ("Triton that cannot compile", "Triton", "C compiler"), ("Triton not tried", "Triton", "first needed"),
     ("old GPU, sm_75", "Triton", "older than Ampere"), ("old GPU, sm_75", "GPU", "sm_75"), ("Mac", "GPU", "MPS"), ("no CUDA", "GPU", "none"),
-    ("Windows portable, CUDA 12", "torch", "CUDA 12.8"), ("AMD, ROCm, RX 7000 or 9000", "torch", "ROCm 7.0"), ("no comfy_kitchen", "comfy_kitchen", "not installed"),
+    ("Windows portable, CUDA 12", "torch", "CUDA 12.8"), ("AMD, ROCm, RX 7000 or 9000", "torch", "ROCm 7.0"),
+    ("no comfy_kitchen", "comfy_kitchen", "not installed"),
     ("Windows portable, CUDA 12", "comfy_kitchen", "off: cuda"), ("nothing answers", "questions", "gpu, kitchen")])
 def test_what_was_found_is_told(name, topic, words):
     assert words in said(MACHINES[name], topic).found
