@@ -4,17 +4,18 @@ import gc
 import math
 import sys
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 
 import comfy.ldm.modules.attention as host
 import comfy.model_management
+import comfy.samplers
 import comfy_kitchen
 import pytest
 import torch
 import torch.nn.functional as F
 from comfy.patcher_extension import WrappersMP
-from harness import QUICK, model, network, plain, sample, sample_by, schedule, spied
+from harness import QUICK, attached, model, network, plain, sample, sample_by, schedule, spied
 
 from pack.core.quant import attention as module
 from pack.core.quant.attention import CHOICES, OVERRIDE, Run, Settings, attach_attention
@@ -334,8 +335,8 @@ def test_an_override_that_is_there_is_kept_and_calls_ours_as_the_attention(order
         return func(q * 2, *args, **kwargs)
 
     def both(patcher):
-        attached = attach_attention(patcher, Settings(KITCHEN_INT8, 0, 0))
-        with overridden(attached if order == "after" else patcher, sharper) as clone:
+        ours = attach_attention(patcher, Settings(KITCHEN_INT8, 0, 0))
+        with overridden(ours if order == "after" else patcher, sharper) as clone:
             return clone if order == "after" else attach_attention(clone, Settings(KITCHEN_INT8, 0, 0))
 
     stand_in.factor = 1.0
@@ -374,6 +375,33 @@ def test_nothing_stays_behind_after_a_run(stand_in, monkeypatch):
     assert torch.equal(sample(model("flux"), "flux"), plain("flux"))
 
 
+@pytest.mark.parametrize("fault", [None, RuntimeError], ids=["to its end", "broken off"])
+def test_a_guider_has_the_options_that_it_had_when_our_part_ends(fault, stand_in):
+    kept = []
+
+    def around(executor, *args, **kwargs):      # outside of ours, as it was added first
+        before = executor.class_obj.model_options
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            kept.append(executor.class_obj.model_options is before and OVERRIDE not in before["transformer_options"])
+
+    patcher = model("flux").clone()
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "test", around)
+    guider = comfy.samplers.CFGGuider(attach_attention(patcher, Settings(KITCHEN_INT8)))
+    guider.set_conds(tiny.conditioning("flux", 11), tiny.conditioning("flux", 12))
+
+    def sampler(denoise, x, sigmas, **more):
+        if fault:
+            raise fault("broken off")
+        return x
+
+    noise = tiny.noise("flux")
+    with pytest.raises(fault) if fault else nullcontext():
+        guider.sample(noise, noise * 0, comfy.samplers.KSAMPLER(sampler), schedule("flux"), disable_pbar=True)
+    assert kept == [True]
+
+
 def test_a_node_that_copies_all_options_of_a_run_copies_no_run(stand_in):
     made = started(KITCHEN_INT8)
     assert copy.deepcopy({"transformer_options": {"run": made}})["transformer_options"]["run"] is made
@@ -381,14 +409,25 @@ def test_a_node_that_copies_all_options_of_a_run_copies_no_run(stand_in):
 
 def test_a_second_node_takes_the_place_of_the_first(stand_in):
     first, second = [], []
-    attached = attach_attention(attach_attention(model("flux"), Settings(KITCHEN_INT8), first.append), Settings("SDPA", 0, 0), second.append)
-    assert torch.equal(sample(attached, "flux"), plain("flux")) and not first and second[0].backend == "SDPA"
+    twice = attach_attention(attach_attention(model("flux"), Settings(KITCHEN_INT8), first.append), Settings("SDPA", 0, 0), second.append)
+    assert torch.equal(sample(twice, "flux"), plain("flux")) and not first and second[0].backend == "SDPA"
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_step_cache_acts_beside_it(order, stand_in):
+    records, reports, settings = [], [], Settings(KITCHEN_INT8, 0, 0)
+    if order == "before":
+        patched = attached(attach_attention(model("flux"), settings, records.append), level="block range", reports=reports)
+    else:
+        patched = attach_attention(attached(model("flux"), level="block range", reports=reports), settings, records.append)
+    sample(patched, "flux")
+    assert reports[0].computed < STEPS and records[0].served == len(stand_in.calls) == pytest.approx(calls_of("flux") * reports[0].evaluations / STEPS)
 
 
 def test_two_clones_do_not_share_settings(stand_in):
-    attached = attach_attention(model("flux"), Settings(KITCHEN_INT8, 0, 0))
-    attach_attention(attached, Settings("SDPA", 0, 0))
-    assert not torch.equal(sample(attached, "flux"), plain("flux"))
+    one = attach_attention(model("flux"), Settings(KITCHEN_INT8, 0, 0))
+    attach_attention(one, Settings("SDPA", 0, 0))
+    assert not torch.equal(sample(one, "flux"), plain("flux"))
 
 
 @pytest.mark.parametrize("way", ["wrapper", "block"])
@@ -445,8 +484,8 @@ def test_a_model_whose_attention_cannot_be_reached_is_told(stand_in):
 def test_the_node_tells_its_line_and_refuses_numbers_out_of_range(stand_in, monkeypatch):
     lines = []
     monkeypatch.setattr("pack.nodes.attention_backend.text_notifier", lambda node: lambda record: lines.append(record.line()))
-    [attached] = AttentionBackend.execute(model("flux"), KITCHEN_INT8, 2, 2).result
-    sample(attached, "flux")
+    [patched] = AttentionBackend.execute(model("flux"), KITCHEN_INT8, 2, 2).result
+    sample(patched, "flux")
     assert lines == [f"Attention Backend: comfy_kitchen int8 served {calls_of('flux') * 8 // 12} of {calls_of('flux')} calls, "
                      f"{calls_of('flux') * 4 // 12} in full precision in the first and last steps; approximate, error not measured"]
     with pytest.raises(ValueError, match="first_steps is -1; it must lie between 0 and 1000"):

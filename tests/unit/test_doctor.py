@@ -18,7 +18,7 @@ MACHINES = {
     **TYPICAL,
     "no CUDA": Machine(kitchen={EAGER: "", "cuda": "it does not load here"}, serves=ALL_EAGER, triton="Reprise's kernels are for NVIDIA GPUs, not for cpu"),
     "CUDA 12 build": replace(CUDA_12, kernels=frozenset()),
-    "CUDA 12 build, Reprise's kernels": replace(CUDA_12, kernels=frozenset({OWN_INT8, f"{OWN_GGUF} q4_k to int8"})),
+    "CUDA 12 build, Reprise's kernels": replace(CUDA_12, kernels=frozenset({OWN_INT8, f"{OWN_GGUF} codes"})),
     "CUDA 13 build": CUDA_13_RTX_40,
     "comfy_kitchen's Triton": replace(CUDA_12, serves={**ALL_EAGER, INT8: "triton"}, kitchen={"cuda": "off", "triton": "", EAGER: ""}),
     "no Triton": replace(CUDA_13_RTX_40, triton="Triton is not installed, or does not fit this torch"),
