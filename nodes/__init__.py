@@ -17,6 +17,8 @@ GROUPS = (
     "templates",
     "template_carriers",
     "reference_latents",
+    "quantized",
+    "quantization_report",
     "attention_backend",
     "doctor",
 )

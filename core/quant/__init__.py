@@ -1,1 +1,1 @@
-"""Fewer bits: what the machine can do with them, which loaders, kernels and attention that leaves, and what falls back."""
+"""Quantized models: formats (read), transcode, loader, save, modulation cache, attention, doctor."""

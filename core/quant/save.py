@@ -1,0 +1,87 @@
+"""A model as one safetensors file in the host's own formats, which the stock loader opens without this pack.
+
+Layers that are packed become int8, and the header says which they were.
+"""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import transcode
+from .layer import Layer
+from .loader import METADATA
+
+NETWORK = "diffusion_model."
+TRANSCODED = "reprise.transcoded"
+WHOLE = ("bias", "input_scale", "pre_quant_scale")      # beside a quantized weight, and no part of it
+HOST = {algo["comfy_tensor_layout"] for algo in QUANT_ALGOS.values()}
+
+
+def save(patcher, path: Path) -> dict[str, str]:
+    """Writes the model with its LoRAs, whole or not at all. Returns the layers that were turned into int8, and what they were."""
+    comfy.model_management.load_models_gpu([patcher], force_patch_weights=True)
+    sd, turned = state_dict(patcher)
+    metadata = {"format": "pt", **(patcher.get_attachment(METADATA) or {})}
+    metadata.pop("_quantization_metadata", None)    # every layer carries its own mark
+    if turned:
+        metadata[TRANSCODED] = json.dumps(turned)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    try:
+        save_file(sd, partial, metadata=metadata)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return turned
+
+
+def state_dict(patcher) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors in the host's formats, and {packed layer: its format}.
+
+    The host has a function for this, which cannot make parameters of int8 weights that are not on the GPU.
+    """
+    network, sd, turned = patcher.model.diffusion_model, {}, {}
+    modules, stored = dict(network.named_modules()), network.state_dict()
+    bar = comfy.utils.ProgressBar(max(1, len(stored)))
+    for done, (key, tensor) in enumerate(stored.items(), 1):
+        name, _, part = key.rpartition(".")
+        module = modules[name]
+        if not isinstance(getattr(module, "weight", None), QuantizedTensor) or part in WHOLE:
+            sd[key] = patched(patcher, key, module, tensor)
+        elif part == "weight":
+            if module.quant_format not in QUANT_ALGOS:
+                turned[name] = module.quant_format
+            sd |= {name + end: piece for end, piece in quantized(patched(patcher, key, module, module.weight), name, stored).items()}
+        bar.update_absolute(done)
+    return {key: plain(tensor) for key, tensor in sd.items()}, turned
+
+
+def patched(patcher, key: str, module: nn.Module, tensor: Tensor) -> Tensor:
+    """A tensor with its LoRAs, whether the host has put them on already or not."""
+    if NETWORK + key not in patcher.patches or getattr(module, "comfy_patched_weights", False):
+        return tensor
+    return patcher.patch_weight_to_device(NETWORK + key, device_to=tensor.device, return_weight=True)
+
+
+def quantized(weight: Tensor, name: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A layer under the host's suffixes; one that the host does not know as int8."""
+    if weight._layout_cls not in HOST:
+        whole = weight.detach().to("cpu").dequantize()
+        layer = Layer(name=name, format=weight._layout_cls, shape=tuple(whole.shape), unpack=lambda start, stop: whole[start:stop], nbytes=0)
+        return transcode.int8(layer)
+    mark = stored[f"{name}.comfy_quant"]
+    if weight._layout_cls == "TensorWiseINT8Layout":        # perhaps what a LoRA made of a packed layer
+        turned = {"convrot": True, "convrot_groupsize": weight._params.convrot_groupsize} if weight._params.convrot else {}
+        mark = transcode.marker(format="int8_tensorwise", **turned)
+    return weight.state_dict(".weight") | {".comfy_quant": mark}
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """On the CPU and contiguous, what a file can hold. `.to` comes first: the host patches what it hands out then."""
+    return tensor.to("cpu").detach().contiguous()
