@@ -29,7 +29,7 @@ MACHINES = {
     "sm_89": CUDA_13_RTX_40,
     "sm_90": replace(CUDA_13_RTX_40, gpu="H200", capability=(9, 0)),
     "sm_120": TYPICAL["Linux, CUDA 13, RTX 50"],
-    "no comfy_kitchen": replace(CUDA_13_RTX_40, kitchen=None, serves={}),
+    "no comfy_kitchen": replace(CUDA_13_RTX_40, kitchen=None, serves={}, kernels=frozenset()),
     "no gguf": replace(CUDA_13_RTX_40, gguf="not installed"),
     "nothing answers": Machine(kind="cuda", failed=("gpu", "kitchen"), triton="it could not be asked", gguf="it could not be asked"),
     **{f"{name} installed": replace(CUDA_13_RTX_40, attention={**CUDA_13_RTX_40.attention, name: ""}) for name in EIGHT_BIT_ATTENTION},
