@@ -25,7 +25,7 @@ LAYERS = (
 )
 NODES_MAY_SEE = ("core.attach", "core.presets", "core.run", "core.registry", "core.knob", "core.report", "core.stepcache.policies",
                  "core.stepcache.corrections", "core.stepcache.predictors", "core.stepcache.levels", "core.stepcache.calibrate", "core.stepcache.profiles",
-                 "core.reference", "compare", "nodes")
+                 "core.reference", "core.quant", "compare", "nodes")
 COMPARE_MAY_SEE = ("core.report", "compare")
 SYSTEMS = ("core.stepcache", "core.reference", "core.quant")
 MAY_IMPORT_COMFY = ("core.attach", "core.run", "core.quant", "core.reference", "core.stepcache.calibrate", "nodes._api")

@@ -1,0 +1,1 @@
+"""Weights: in which format they are kept, where they lie, and which of them a run does without."""
