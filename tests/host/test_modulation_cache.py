@@ -1,4 +1,5 @@
 """Modulation Cache: bit-identical with weights that are gone after they were read once, and nothing stays behind."""
+import json
 import math
 
 import comfy.hooks
@@ -7,6 +8,7 @@ import comfy.sd
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from harness import attached, model, sample
@@ -423,3 +425,30 @@ def test_every_family_that_tells_its_modulation_has_it_and_is_served_exactly_or_
 def test_a_model_whose_modulation_is_not_known_is_handed_on(name, why):
     patcher, saving = attach_modulation_cache(model(name))
     assert patcher is model(name) and why in saving.line()
+
+
+def packed(format: str, **how):
+    """A patcher of the tiny FLUX whose blocks are in 8 bits, opened by the host's loader."""
+    tensors, metadata = tiny.weights("flux")
+    for key, tensor in list(tensors.items()):
+        if "blocks." in key and tensor.ndim == 2:
+            layer, layout = key.removesuffix(".weight"), QUANT_ALGOS[format]["comfy_tensor_layout"]
+            del tensors[key]
+            tensors |= QuantizedTensor.from_float(tensor, layout, **how).state_dict(f"{layer}.weight")
+            tensors[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps({"format": format}).encode()), dtype=torch.uint8)
+    with torch.inference_mode():    # as a graph is run; a parameter from outside of it cannot be moved within
+        return comfy.sd.load_diffusion_model_state_dict(tensors, metadata=metadata)
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0], ids=["as it is", "with a LoRA"])
+@pytest.mark.parametrize("format", ["int8_tensorwise", "float8_e4m3fn"])
+def test_weights_in_8_bits_are_computed_with_as_the_host_does(format, strength):
+    mine = packed(format)
+    assert all(isinstance(layer.weight, QuantizedTensor) for path, module in modulations(mine).items() if "final" not in path for _, layer in layers(module, path))
+    full = with_lora(mine, "flux", strength) if strength else mine
+    wanted = sample(full, "flux", steps=STEPS)
+    patcher, saving = attach_modulation_cache(full)
+    assert torch.equal(sample(patcher, "flux", steps=STEPS), wanted) and wanted.isfinite().all()
+    assert saving.aside == sum(comfy.model_management.module_size(module) for module in modulations(mine).values())
+    assert 3 * saving.aside < 1.2 * attach_modulation_cache(model("flux"))[1].aside
+    assert torch.equal(sample(full, "flux", steps=STEPS), wanted)

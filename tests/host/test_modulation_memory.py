@@ -12,8 +12,10 @@ from harness import model, sample
 from torch import nn
 
 from pack.core.families import FAMILIES, family_of
-from pack.core.quant.modulation import attach_modulation_cache
+from pack.core.quant.modulation import KEY, attach_modulation_cache, give_pages_back
+from pack.core.quant.stand_in import layers, original
 from pack.nodes import modulation_cache as group
+from testbed import tiny
 
 GIB = 1 << 30
 FLUX = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "context_in_dim": 4096, "hidden_size": 3072, "mlp_ratio": 4.0, "num_heads": 24,
@@ -36,7 +38,7 @@ MODELS = {      # published sizes: the host's class, and what its loader finds o
     "qwen_image": ("QwenImage", {"image_model": "qwen_image", "num_layers": 60, "in_channels": 64}),
     "sd35_large": ("SD3", sd3(38, pos_embed_max_size=192)),
     "sd35_medium": ("SD3", sd3(24, pos_embed_max_size=384, x_block_self_attn_layers=list(range(13)))),
-    "hunyuan_video": ("HunyuanVideo", FLUX | {
+    "hunyuan_video": ("HunyuanVideo", {key: value for key, value in FLUX.items() if key != "txt_ids_dims"} | {
         "image_model": "hunyuan_video", "depth": 20, "depth_single_blocks": 40, "theta": 256, "patch_size": [1, 2, 2], "byt5": False,
         "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow": False, "meanflow_sum": False}),
     "hidream_i1": ("HiDream", {
@@ -58,7 +60,7 @@ MODELS = {      # published sizes: the host's class, and what its loader finds o
         "image_model": "chroma", "vec_in_dim": None, "in_channels": 64, "out_channels": 64, "in_dim": 64, "out_dim": 3072, "hidden_dim": 5120, "n_layers": 5}),
 }
 SAVED = {   # GiB at 16 bits
-    "flux1_dev": 6.01, "flux1_schnell": 6.01, "flux1_fill": 6.01, "qwen_image": 12.66, "sd35_large": 5.00, "sd35_medium": 1.43, "hunyuan_video": 6.37,
+    "flux1_dev": 6.05, "flux1_schnell": 6.05, "flux1_fill": 6.05, "qwen_image": 12.66, "sd35_large": 5.00, "sd35_medium": 1.43, "hunyuan_video": 6.37,
     "hidream_i1": 4.71, "auraflow": 4.25,
 }
 LEFT_ALONE = [name for name in MODELS if name not in SAVED]
@@ -104,8 +106,7 @@ def test_the_size_that_the_host_sees_falls_by_what_the_help_page_tells(name):
     full = patcher(name)
     size = full.model_size()
     clone, saving = attach_modulation_cache(full)
-    print(name, size/GIB, (size - clone.model_size()) / GIB)
-    assert saving.aside == size - clone.model_size()
+    assert abs((size - clone.model_size()) / GIB - SAVED[name]) < 0.01 and saving.aside == size - clone.model_size()
     assert clone.model_size() == clone.clone().model_size() and full.model_size() == size == comfy.model_management.module_size(full.model)
 
 
@@ -149,7 +150,89 @@ def test_the_bytes_of_the_table_are_asked_of_the_host_before_it_loads(monkeypatc
     load = comfy.model_management.load_models_gpu
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda models, memory_required=0, **more: (asked.append(memory_required), load(models, **more)))
     for one in (model("flux"), attach_modulation_cache(model("flux"), records.append)[0]):
-        sample(one, "flux", steps=6)
+        sample(one, "flux", steps=6, size=8)
     modules = [dict(model("flux").model.diffusion_model.named_modules())[path] for path in FAMILIES["flux"].modulations(model("flux").model.diffusion_model)]
     largest = max(map(comfy.model_management.module_size, modules))
-    assert records[0].table + 2 * largest <= asked[1] - asked[0] < 1.5 * (records[0].table + 2 * largest)
+    wanted, column = records[0].table + 2 * largest, asked[0] / 8       # the host counts in columns of the latent
+    assert wanted <= asked[1] - asked[0] <= wanted + column
+
+
+class Pages:
+    """Stands for the GPU's pages under the host's dynamic loading, which wants a GPU: it counts what is staged and what is given back."""
+
+    def __init__(self, size, device):
+        self.size, self.freed = size, []
+
+    def alloc(self, size):
+        return size
+
+    def prioritize(self):
+        pass
+
+    def loaded_size(self):
+        return 0
+
+    def free_memory(self, size):
+        self.freed.append(size)
+        return 0
+
+
+class Buffer:
+    def __init__(self, *args):
+        self.size = 0
+
+
+@pytest.fixture
+def dynamic(monkeypatch):
+    """A patcher of the host's dynamic class, for a device that no CPU-only torch lacks."""
+    monkeypatch.setattr("comfy_aimdo.host_buffer.HostBuffer", Buffer)
+    monkeypatch.setattr("comfy_aimdo.model_vbar.ModelVBAR", Pages)
+    return comfy.model_patcher.ModelPatcherDynamic(tiny.patcher("flux").model, load_device=torch.device("meta"), offload_device=torch.device("cpu"))
+
+
+def staged(patcher) -> set[str]:
+    return {name for name, module in patcher.model.named_modules() if hasattr(module, "_v")}
+
+
+def test_dynamic_loading_stages_no_weight_of_a_modulation_and_is_told_the_smaller_size(dynamic):
+    assert dynamic.is_dynamic()
+    clone, saving = attach_modulation_cache(dynamic)
+    assert type(clone) is type(dynamic) and clone.model_size() == dynamic.model_size() - saving.aside
+    clone.partially_load(clone.load_device)
+    mine = staged(clone)
+    assert mine and not any("_mod." in name or "modulation" in name for name in mine)
+    dynamic.partially_load(dynamic.load_device)
+    assert staged(dynamic) == mine | {name for path in clone.get_attachment(KEY).names for name, layer in layers(original(clone, path), path)}
+
+
+def test_pages_that_a_clone_without_the_cache_has_filled_are_given_back_once(dynamic):
+    clone, _ = attach_modulation_cache(dynamic)
+    dynamic.partially_load(dynamic.load_device)
+    pages = clone.model.dynamic_vbars[clone.load_device]
+    give_pages_back(clone)
+    assert pages.freed == [1e32]
+    clone.partially_load(clone.load_device)
+    give_pages_back(clone)
+    assert pages.freed == [1e32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dynamic_loading_patches_a_modulation_in_the_type_it_computes_in(dynamic, dtype):
+    """As the host does for a layer that it casts on the fly."""
+    clone, _ = attach_modulation_cache(dynamic)
+    path, key = "diffusion_model.double_blocks.0.img_mod", "diffusion_model.double_blocks.0.img_mod.lin.weight"
+    clone.add_patches({key: ("diff", (torch.randn(768, 128, generator=torch.Generator().manual_seed(1)),))}, 0.7)
+    vector = torch.randn(1, 128, generator=torch.Generator().manual_seed(2)).to(dtype)
+    layer = original(clone, path).lin
+    clone.model.current_patcher = clone
+    try:
+        got = clone.object_patches[path](vector)
+    finally:
+        clone.model.current_patcher = None
+    layer.comfy_cast_weights, layer.weight_function = True, [comfy.model_patcher.LowVramPatch(key, clone.patches)]
+    try:
+        wanted = original(clone, path)(vector)
+    finally:
+        del layer.comfy_cast_weights, layer.weight_function
+    assert torch.equal(got[0].shift, wanted[0].shift) and torch.equal(got[1].gate, wanted[1].gate)
+    assert not torch.equal(got[0].shift, original(clone, path)(vector.float())[0].shift.to(dtype))
