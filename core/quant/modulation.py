@@ -22,7 +22,7 @@ from ..conditions import conditions
 from ..families import family_of
 from ..memory import enlarged
 from .modulation_table import Table
-from .stand_in import Seat, StandIn, layers, original
+from .stand_in import Seat, StandIn, layers, original, width
 
 log = logging.getLogger("reprise")
 
@@ -103,6 +103,8 @@ def worth_it(model) -> tuple[list[str], Saving]:
     family, kind = family_of(network), type(network).__name__
     if NETWORK in model.object_patches:
         return [], Saving(why="another node has put its own network into the model")
+    if type(model).patch_weight_to_device is not comfy.model_patcher.ModelPatcher.patch_weight_to_device:
+        return [], Saving(why=f"{type(model).__name__}, of another node, patches weights in a way of its own")
     if family is None or not family.modulation:
         return [], Saving(why=f"{kind} is of no model family whose modulation is known")
     if model.load_device == model.offload_device and model.load_device.type != "cpu":
@@ -160,7 +162,7 @@ class Run:
         self.bar = None
         modules = [original(patcher, name) for name in self.seat.names]
         self.largest = max(map(comfy.model_management.module_size, modules))
-        self.outputs = sum(layer.weight.shape[0] for module in modules for _, layer in layers(module, ""))     # of all modulations, for one vector
+        self.outputs = sum(width(layer) for module in modules for _, layer in layers(module, ""))     # of all modulations, for one vector
 
     def table(self, seat: Seat) -> Table:
         with self.lock:

@@ -16,8 +16,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .stand_in import StandIn, lent
-
 Key = tuple[torch.dtype, tuple[int, ...], bytes]
 
 
@@ -98,7 +96,8 @@ class Table:
             self.passing.clear()
             self.seen.clear()
 
-    def ask(self, stand_in: StandIn, vector: Tensor):
+    def ask(self, stand_in, vector: Tensor):
+        """What the modulation that `stand_in` stands for makes of a vector: found, or computed while its weights are lent to it."""
         if self.listening:
             raise Heard(vector)
         key = self.key(vector)
@@ -110,7 +109,7 @@ class Table:
         following = self.following(vector, key)
         self.streams |= following is None or not (following or self.now.whole)
         (self.passing if following is None else self.now.rows).add(key)
-        with lent(stand_in, vector):
+        with stand_in.lent(vector):
             result = stand_in.held(vector)
             self.keep(key, stand_in.name, result)
             for other in following or ():
@@ -139,7 +138,8 @@ class Table:
             return None
         shift = vector.storage_offset() - mine.storage_offset()
         later = self.now.vectors[self.place + 1:]
-        return [other.as_strided(vector.shape, vector.stride(), other.storage_offset() + shift) for other in later if other.stride() == mine.stride()]
+        return [other.as_strided(vector.shape, vector.stride(), other.storage_offset() + shift)
+                for other in later if other.shape == mine.shape and other.stride() == mine.stride()]
 
     def keep(self, key: Key, name: str, result) -> None:
         size = bytes_in(result)

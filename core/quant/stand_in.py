@@ -44,9 +44,12 @@ class StandIn(nn.Module):
     def forward(self, vector: Tensor):
         table = self.seat.table
         if table is None or vector.requires_grad:
-            with lent(self, vector):
+            with self.lent(vector):
                 return self.held(vector)
         return table.ask(self, vector)
+
+    def lent(self, vector: Tensor):
+        return lent(self.held, self.name, self.seat.patcher(), vector)
 
     def state_dict(self, *args, **kwargs):
         return self.held.state_dict(*args, **kwargs)
@@ -73,26 +76,32 @@ def original(patcher, name: str) -> nn.Module:
 
 
 def layers(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The parts that hold parameters of their own, by their path in the model."""
+    """The parts that hold tensors of their own, by their path in the model."""
     for path, layer in module.named_modules():
-        if any(parameter is not None for parameter in layer._parameters.values()):
+        if any(tensor is not None for tensor in (*layer._parameters.values(), *layer._buffers.values())):
             yield (f"{name}.{path}" if path else name), layer
 
 
+def width(layer: nn.Module) -> int:
+    """Of what a linear layer gives."""
+    return getattr(layer, "out_features", None) or layer.weight.shape[0]
+
+
 @contextmanager
-def lent(stand_in: StandIn, vector: Tensor):
+def lent(module: nn.Module, name: str, patcher, vector: Tensor):
     """The modulation's weights are on the vector's device, patched as the host would patch them, for as long as this lasts."""
-    patcher, kept = stand_in.seat.patcher(), []
-    wrappers = {} if patcher is None else patcher.weight_wrapper_patches
+    wrappers, kept = {} if patcher is None else patcher.weight_wrapper_patches, []
     try:
-        for path, layer in layers(stand_in.held, stand_in.name):
+        for path, layer in layers(module, name):
             state = vars(layer)
             kept.append((layer, dict(state)))
             parameters = {kind: None if parameter is None else weight_on(patcher, layer, path, kind, vector)
                           for kind, parameter in layer._parameters.items()}
+            buffers = {kind: None if buffer is None else comfy.model_management.cast_to_device(buffer, vector.device, None)
+                       for kind, buffer in layer._buffers.items()}
             for mark in OF_OTHERS:
                 state.pop(mark, None)
-            state["_parameters"] = parameters
+            state.update(_parameters=parameters, _buffers=buffers)
             if hasattr(layer, "comfy_cast_weights"):
                 state.update(
                     comfy_cast_weights=True, comfy_force_cast_weights=patcher is not None and patcher.force_cast_weights,

@@ -46,7 +46,8 @@ MODELS = {      # published sizes: the host's class, and what its loader finds o
         "attention_head_dim": 128, "num_attention_heads": 20, "caption_channels": [4096, 4096], "text_emb_dim": 2048, "num_routed_experts": 4,
         "num_activated_experts": 2, "axes_dims_rope": (64, 32, 32), "max_resolution": (128, 128), "llama_layers": list(range(48))}),
     "auraflow": ("AuraFlow", {"cond_seq_dim": 2048, "max_seq": 64 * 64}),
-    "flux2_dev": ("Flux2", FLUX2 | {"hidden_size": 6144, "num_heads": 48, "depth": 8, "depth_single_blocks": 48, "context_in_dim": 15360, "guidance_embed": True}),
+    "flux2_dev": ("Flux2", FLUX2 | {
+        "hidden_size": 6144, "num_heads": 48, "depth": 8, "depth_single_blocks": 48, "context_in_dim": 15360, "guidance_embed": True}),
     "flux2_klein_4b": ("Flux2", FLUX2 | {
         "hidden_size": 3072, "num_heads": 24, "depth": 5, "depth_single_blocks": 20, "context_in_dim": 7680, "guidance_embed": False}),
     "z_image": ("ZImage", {
@@ -148,7 +149,12 @@ def test_a_model_that_would_gain_too_little_is_handed_on_and_told_its_share(name
 def test_the_bytes_of_the_table_are_asked_of_the_host_before_it_loads(monkeypatch):
     asked, records = [], []
     load = comfy.model_management.load_models_gpu
-    monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda models, memory_required=0, **more: (asked.append(memory_required), load(models, **more)))
+
+    def asks(models, memory_required=0, **more):
+        asked.append(memory_required)
+        return load(models, memory_required=memory_required, **more)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", asks)
     for one in (model("flux"), attach_modulation_cache(model("flux"), records.append)[0]):
         sample(one, "flux", steps=6, size=8)
     modules = [dict(model("flux").model.diffusion_model.named_modules())[path] for path in FAMILIES["flux"].modulations(model("flux").model.diffusion_model)]
