@@ -6,6 +6,7 @@ from harness import attached, model, sample
 from modulated import STEPS, Poison, cached
 from test_references import conds, handle, used
 
+from pack.core.quant.modulation import KEY, WRAPPERS
 from pack.core.reference.bank import Bank
 from pack.core.reference.latents import Settings, attach_reference_latents
 from testbed import tiny
@@ -56,8 +57,11 @@ def test_edit_models_with_references_at_time_zero_get_both_vectors():
     assert not records[0].streamed
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["compiled first", "compiled last"])
-@pytest.mark.parametrize("keys", [["diffusion_model"], ["diffusion_model.double_blocks.0", "diffusion_model.single_blocks.1"]], ids=["whole", "blocks"])
+BLOCKS = ["diffusion_model.double_blocks.0", "diffusion_model.single_blocks.1"]
+
+
+@pytest.mark.parametrize(("keys", "first"), [(["diffusion_model"], True), (BLOCKS, True), (BLOCKS, False)],
+                         ids=["whole", "blocks, compiled first", "blocks, compiled last"])
 def test_a_compiled_model_gives_the_same_picture(keys, first):
     torch.compiler.reset()
     patcher = model("flux").clone()
@@ -72,3 +76,11 @@ def test_a_compiled_model_gives_the_same_picture(keys, first):
             got = sample(patcher, "flux", steps=STEPS, callback=poison)
         assert (got - wanted).abs().max() <= 1e-4
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["cache first", "cache last"])
+def test_the_model_is_heard_outside_of_all_others_wherever_the_node_stands(first):
+    patcher = attached(cached("flux")) if first else cached("flux", attached(model("flux")))
+    for kind, wrapper in WRAPPERS.items():
+        keys = list(patcher.clone().wrappers[kind])
+        assert keys[0] == KEY and len(keys) == 2 and patcher.wrappers[kind][KEY] == [wrapper]
