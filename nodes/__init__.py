@@ -21,6 +21,7 @@ GROUPS = (
     "quantization_report",
     "attention_backend",
     "doctor",
+    "modulation_cache",
 )
 
 
