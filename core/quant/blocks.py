@@ -2,13 +2,16 @@
 
     codes = round(W H / scales)         H: comfy_kitchen's rotation ("convrot") over groups of `group` channels, none where that is 0
 """
-import gguf
 import torch
 from comfy_kitchen.tensor import TensorWiseINT8Layout
 from torch import Tensor
 
-TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "Q3_K", "Q2_K")
+from ...kernels.gguf import BLOCKS
+from ...kernels.gguf_weights import gguf_codes, gguf_row_scales, gguf_values
+
+TYPES = tuple(BLOCKS)
 GROUPS = (256, 64, 16)      # of the rotation, the first that divides the rows
+BY_KERNEL = (256, 0)        # the others are for narrow layers, and rotated by comfy_kitchen
 CHUNK = 8 << 20             # weights that stand in single precision at a time: 32 MiB
 
 
@@ -17,9 +20,9 @@ def rotation_group(columns: int) -> int:
     return next((group for group in GROUPS if columns % group == 0), 0)
 
 
-def values(blocks: Tensor, type: str) -> Tensor:
-    """blocks: uint8 [n, bytes of a row]. Returns fp32 [n, K]."""
-    return torch.from_numpy(gguf.quants.dequantize(blocks.cpu().numpy(), gguf.GGMLQuantizationType[type])).to(blocks.device)
+def values(blocks: Tensor, type: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """blocks: uint8 [n, bytes of a row]. Returns [n, K]."""
+    return gguf_values(blocks, type, dtype)
 
 
 def quantized(weight: Tensor, group: int, seed: int | None = None) -> tuple[Tensor, Tensor]:
@@ -29,16 +32,20 @@ def quantized(weight: Tensor, group: int, seed: int | None = None) -> tuple[Tens
     return codes, params.scale
 
 
-def pieces(blocks: Tensor, columns: int) -> list[Tensor]:
-    """The rows, some at a time, so that no layer stands whole in single precision."""
-    return list(blocks.split(max(1, CHUNK // columns)))
+def scales(blocks: Tensor, type: str, group: int, device: torch.device) -> Tensor:
+    """The scale of each row's codes, fp32 [N, 1] where the blocks are; found on `device`, some rows at a time."""
+    rows = max(1, CHUNK // BLOCKS[type].columns(blocks))
+    return torch.cat([row_scales(piece.to(device), type, group).to(blocks.device) for piece in blocks.split(rows)])
 
 
-def scales(blocks: Tensor, type: str, columns: int, group: int, device: torch.device) -> Tensor:
-    """The scale of each row's codes, fp32 [N, 1] where the blocks are; found on `device`."""
-    return torch.cat([quantized(values(piece.to(device), type), group)[1].to(blocks.device) for piece in pieces(blocks, columns)])
+def row_scales(blocks: Tensor, type: str, group: int) -> Tensor:
+    if group in BY_KERNEL:
+        return gguf_row_scales(blocks, type, bool(group))
+    return quantized(values(blocks, type), group)[1]
 
 
 def codes(blocks: Tensor, type: str, scales: Tensor, group: int) -> Tensor:
-    """blocks: uint8 [N, bytes of a row]. Returns int8 [N, K] under the scales that `scales` gave."""
+    """blocks: uint8 [N, bytes of a row]; scales: fp32 [N, 1], from `scales`. Returns int8 [N, K]."""
+    if group in BY_KERNEL:
+        return gguf_codes(blocks, scales, type, bool(group))
     return quantized(values(blocks, type), group)[0]

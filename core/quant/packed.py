@@ -51,7 +51,7 @@ class GGUFLayout(QuantizedLayout):
 
     @classmethod
     def dequantize(cls, qdata: Tensor, params: Params) -> Tensor:
-        return blocks.values(qdata, params.type).to(params.orig_dtype)
+        return blocks.values(qdata, params.type, params.orig_dtype)
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ def pack(found: Blocks, dtype: torch.dtype, compute: str = "auto") -> QuantizedT
     (rows, columns), group = found.shape, blocks.rotation_group(found.shape[1])
     scale = torch.empty(0, dtype=torch.float32)
     if compute == "int8":
-        scale = blocks.scales(found.bytes, found.type, columns, group, comfy.model_management.get_torch_device())
+        scale = blocks.scales(found.bytes, found.type, group, comfy.model_management.get_torch_device())
     return QuantizedTensor(found.bytes, LAYOUT, GGUFLayout.Params(
         scale=scale, orig_dtype=dtype, orig_shape=(rows, columns), type=found.type, compute=compute, convrot=bool(group), convrot_groupsize=group or 256))
 
@@ -118,7 +118,7 @@ def product(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
     if params.compute == "int8" and x.dtype in FLOATS:
         codes = blocks.codes(held, params.type, params.scale, params.group)
         return torch.ops.comfy_kitchen.int8_linear(x.contiguous(), codes, params.scale, bias, FLOATS[x.dtype], params.convrot, params.convrot_groupsize)
-    return F.linear(x, blocks.values(held, params.type).to(x.dtype), bias)
+    return F.linear(x, blocks.values(held, params.type, x.dtype), bias)
 
 
 @register_layout_op(torch.ops.aten.linear.default, GGUFLayout)

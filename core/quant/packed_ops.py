@@ -152,7 +152,7 @@ def packed_ops(compute_dtype: torch.dtype):
                     return comfy.ops.manual_cast.Embedding.forward_comfy_cast_weights(self, input, out_dtype=out_dtype)
                 # The rows that are asked for, read where the table lies: it is large, and a prompt has a few hundred tokens.
                 rows = weight._qdata[input.reshape(-1).to(weight._qdata.device)].to(input.device)
-                return blocks.values(rows, weight._params.type).to(out_dtype or weight.dtype).reshape(*input.shape, -1)
+                return blocks.values(rows, weight._params.type, out_dtype or weight.dtype).reshape(*input.shape, -1)
 
     return PackedOps
 
