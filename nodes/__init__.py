@@ -17,6 +17,7 @@ GROUPS = (
     "templates",
     "template_carriers",
     "reference_latents",
+    "quantized",
 )
 
 

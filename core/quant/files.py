@@ -85,7 +85,7 @@ def open_safetensors(path: Path) -> WeightFile:
 
 
 def open_gguf(path: Path) -> WeightFile:
-    from .gguf_file import read_gguf     # needs a package that may be missing
+    from .gguf_file import read_gguf  # needs a package that may be missing
 
     return read_gguf(path)
 

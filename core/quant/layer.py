@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class Layer:
     nbytes: int                                     # in the file
     host: dict[str, Tensor] | None = None
     packed: Callable[[torch.dtype], Tensor] | None = None
-    rest: dict[str, Tensor] = field(default_factory=dict)       # input_scale and its like: kept beside a weight that stays as it is
+    transcode: bool = False                         # packed, and better turned into the format that computes than kept: Q8_0
 
     def rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
         """Rows of the weight, [stop - start, K]."""

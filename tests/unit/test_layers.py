@@ -25,12 +25,12 @@ LAYERS = (
 )
 NODES_MAY_SEE = ("core.attach", "core.presets", "core.run", "core.registry", "core.knob", "core.report", "core.stepcache.policies",
                  "core.stepcache.corrections", "core.stepcache.predictors", "core.stepcache.levels", "core.stepcache.calibrate", "core.stepcache.profiles",
-                 "core.reference", "compare", "nodes")
+                 "core.reference", "core.quant", "compare", "nodes")
 COMPARE_MAY_SEE = ("core.report", "compare")
 SYSTEMS = ("core.stepcache", "core.reference", "core.quant")
 MAY_IMPORT_COMFY = ("core.attach", "core.run", "core.quant", "core.reference", "core.stepcache.calibrate", "nodes._api")
 # where the user's files lie; all others are told
-MAY_KNOW_FOLDERS = ("core.stepcache.calibrate", "core.reference.folders", "core.reference.templates.folder")
+MAY_KNOW_FOLDERS = ("core.stepcache.calibrate", "core.reference.folders", "core.reference.templates.folder", "core.quant.folders")
 HOST = ("comfy", "comfy_api", "comfy_extras", "comfy_execution", "nodes", "folder_paths", "execution", "latent_preview")
 DRAWING = ("numpy", "PIL", "kornia", "piq")
 FOREIGN_TO_CORE = ("server", "aiohttp", *DRAWING)

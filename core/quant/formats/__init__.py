@@ -23,4 +23,9 @@ def layers_of(file: WeightFile) -> tuple[dict[str, Layer], dict]:
     return layers, left
 
 
-__all__ = ["FORMATS", "Format", "layers_of"]
+def known_formats() -> list[str]:
+    """What a layer can be stored as, for menus."""
+    return list(dict.fromkeys(name for form in FORMATS for name in form.names))
+
+
+__all__ = ["FORMATS", "Format", "known_formats", "layers_of"]

@@ -15,7 +15,7 @@ class Format(Protocol):
     where a tensor that must be there is missing or has a shape that cannot be. `left` has tensors and GGUF blocks by key.
     """
 
-    name: str
-    note: str       # one line for the help page
+    names: tuple[str, ...]      # Layer.format of the layers it finds
+    note: str                   # one line for the help page
 
     def claim(self, file: WeightFile, left: dict) -> Iterable[Layer]: ...

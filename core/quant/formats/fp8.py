@@ -42,7 +42,7 @@ def take(left: dict, name: str, ends: tuple[str, ...], file: WeightFile) -> Tens
 
 
 class ScaledFP8:
-    name = "fp8, scaled"
+    names = tuple(f"{name} scaled" for name in FP8.values())
     note = "One scale for each layer; both spellings of its keys."
 
     def claim(self, file: WeightFile, left: dict):
@@ -67,7 +67,7 @@ class ScaledFP8:
 
 
 class UnscaledFP8:
-    name = "fp8"
+    names = tuple(FP8.values())
     note = "A cast without scales, such as flux1-dev-fp8."
 
     def claim(self, file: WeightFile, left: dict):

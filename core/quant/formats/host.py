@@ -17,12 +17,13 @@ NEEDED = {      # what each format stores beside its weight, [N, K] being the la
     "float8_e4m3fn": ("weight_scale",), "float8_e5m2": ("weight_scale",), "mxfp8": ("weight_scale",), "nvfp4": ("weight_scale", "weight_scale_2"),
     "int8_tensorwise": ("weight_scale",), "convrot_w4a4": ("weight_scale",),
 }
+SPOKEN = {"float8_e4m3fn": "float8_e4m3fn scaled", "float8_e5m2": "float8_e5m2 scaled"}     # told apart from casts without scales
 HALF = ("nvfp4", "convrot_w4a4")        # two weights in a byte
 MORE = ("input_scale", "pre_quant_scale")
 
 
 class HostFormats:
-    name = "int8, nvfp4, mxfp8 and fp8 of ComfyUI"
+    names = tuple(SPOKEN.get(form, form) for form in NEEDED)
     note = "Files in ComfyUI's own formats; nvfp4 and mxfp8 are handed to it."
 
     def claim(self, file: WeightFile, left: dict):
@@ -57,7 +58,7 @@ class HostFormats:
         self.check_scale(file, name, form, shape, parts, conf)
         host = {WEIGHT: weight, MARK: marker(**conf), **{f".{part}": tensor for part, tensor in parts.items()}}
         return Layer(
-            name=name, format=form, shape=shape, nbytes=weight.nbytes, host=host,
+            name=name, format=SPOKEN.get(form, form), shape=shape, nbytes=weight.nbytes, host=host,
             unpack=lambda start, stop: self.unpack(form, weight, parts, conf, shape, start, stop))
 
     @staticmethod
@@ -68,7 +69,7 @@ class HostFormats:
             "mxfp8": scale.numel() * 32 >= rows * columns, "nvfp4": scale.numel() * 16 >= rows * columns,
         }.get(form, scale.numel() == 1)
         if not fits:
-            raise BadFile(f"'{file.name}': layer '{name}' is stored as {form} with {rows} x {columns} weights and {scale.numel()} scales, which do not fit together")
+            raise BadFile(f"'{file.name}': layer '{name}' is stored as {form}, whose {rows} x {columns} weights and {scale.numel()} scales do not fit")
         group = option(conf, "convrot_groupsize", 256)
         if option(conf, "convrot", False) and (not isinstance(group, int) or group not in (4, 16, 64, 256, 1024) or columns % group):
             raise BadFile(f"'{file.name}': layer '{name}' says it is rotated in groups of {group!r}, and has {columns} columns")

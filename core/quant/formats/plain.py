@@ -10,7 +10,7 @@ WEIGHT = ".weight"
 
 
 class Plain:
-    name = "bf16, fp16, fp32"
+    names = ("bf16", "fp16", "fp32")
     note = "Weights at full precision."
 
     def claim(self, file: WeightFile, left: dict):

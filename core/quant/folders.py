@@ -1,0 +1,61 @@
+"""Where the user's model files lie: the host's folders, with .gguf files among them, and what is written."""
+import os
+from pathlib import Path
+
+import folder_paths
+
+SAFE = (".safetensors", ".sft", ".gguf")    # a pickle may run code when it is opened
+PLANS = "plans"
+
+
+def with_gguf(kind: str) -> str:
+    """A key of our own over the host's folders of a kind, whose files include .gguf."""
+    name = f"reprise_{kind}"
+    folder_paths.folder_names_and_paths[name] = (folder_paths.get_folder_paths(kind), set(SAFE))
+    return name
+
+
+def model_files(kind: str = "diffusion_models") -> list[str]:
+    return [name for name in folder_paths.get_filename_list(with_gguf(kind)) if name.lower().endswith(SAFE)]
+
+
+def model_path(name: str, kind: str = "diffusion_models") -> Path:
+    """The file behind a name of the menu. Other names are refused, so that no path leaves the folders."""
+    key = with_gguf(kind)
+    path = folder_paths.get_full_path(key, name) if name in folder_paths.get_filename_list(key) else None
+    if path is None:
+        raise ValueError(f"'{str(name)[:100]}' is not among the files of the folder {kind}; choose one from the menu, or press R to have it read anew")
+    return Path(path)
+
+
+def stamp(name: str, kind: str = "diffusion_models") -> str:
+    """Another text as soon as the file is another one; it is not opened."""
+    path = folder_paths.get_full_path(with_gguf(kind), name)
+    found = None if path is None else os.stat(path)
+    return "" if found is None else f"{found.st_size}:{found.st_mtime_ns}"
+
+
+def output_path(prefix: str) -> Path:
+    """A file that is not there yet, numbered as the host's are."""
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    return Path(folder) / f"{name}_{counter:05}_.safetensors"
+
+
+def plans_folder() -> Path:
+    return Path(folder_paths.get_user_directory()) / "reprise" / PLANS
+
+
+def plans() -> list[str]:
+    return sorted(file.stem for file in plans_folder().glob("*.json"))
+
+
+def plan_path(name: str) -> Path:
+    if name not in plans():
+        raise ValueError(f"no plan '{str(name)[:100]}' is in {plans_folder()}; save one with Quantization Report, or choose none")
+    return plans_folder() / f"{name}.json"
+
+
+def plan_stamp(name: str) -> str:
+    """Another text as soon as the plan is another one."""
+    path = plans_folder() / f"{name}.json"
+    return str(path.stat().st_mtime_ns) if name in plans() else ""

@@ -1,0 +1,93 @@
+"""Which layer is stored and computed how.
+
+    auto    the fastest that the device runs well: int8 where its products are fast, else what the file has
+    int8    every layer that is not sensitive; blocks of GGUF stay packed and become int8 for each product
+    fp8     the same, as scaled fp8
+    bf16    full precision; blocks of GGUF stay packed
+    host    as the file has it
+
+A saved plan (Quantization Report) says so layer by layer and stands above all this.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .files import BadFile, json_of
+from .layer import Layer
+from .sensitive import is_sensitive, matches
+
+COMPUTE = ("auto", "int8", "fp8", "bf16", "host")
+TARGETS = ("stored", "int8", "fp8", "full", "packed")
+FULL = ("bf16", "fp16", "fp32")
+MOST = 1 << 22      # bytes of a plan file
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose at the loader. Everything in it is plain data, so that a reload repeats it."""
+
+    compute: str = "auto"
+    exclude: tuple[str, ...] = ()               # patterns of names whose layers stay as the file has them
+    format: str = "auto"                        # a format that the file must have
+    device: str = "default"
+    layers: Mapping[str, str] = field(default_factory=dict)    # a saved plan: layer -> target
+
+    def __post_init__(self):
+        if self.compute not in COMPUTE:
+            raise ValueError(f"unknown compute '{self.compute}'; known: {', '.join(COMPUTE)}")
+
+
+def plan(
+    layers: Mapping[str, Layer], linears: frozenset[str], family: str, settings: Settings, fast_int8: bool, native: frozenset[str] = frozenset(),
+) -> dict[str, str]:
+    """Layer -> one of TARGETS.
+
+    linears: layers that the network multiplies by as a linear layer does; all others stay as they are.
+    native: formats whose own products the device runs at full speed.
+    """
+    if lost := [name for name in settings.layers if name not in layers]:
+        raise ValueError(f"the plan is for another model: it has {len(lost)} layers that this file lacks, the first is '{lost[0]}'")
+    kept = {name for name in layers if name not in linears or is_sensitive(name, family) or matches(name, settings.exclude)}
+    asked = {name: "host" if name in kept else settings.compute for name in layers}
+    return {name: settings.layers.get(name) or target(layer, asked[name], fast_int8, native) for name, layer in layers.items()}
+
+
+def target(layer: Layer, compute: str, fast_int8: bool, native: frozenset[str]) -> str:
+    if compute == "auto":
+        compute = "int8" if fast_int8 and layer.format not in native else "host"
+    if compute == "host":
+        return "stored" if layer.host is not None else "packed" if layer.packed is not None else "full"
+    if layer.packed is not None and not layer.transcode:
+        return "packed"
+    if compute == "bf16":
+        return "stored" if layer.format in FULL else "full"
+    if compute == "int8" and layer.format == "int8_tensorwise":
+        return "stored"
+    return compute
+
+
+def read_plan(path: Path) -> dict[str, str]:
+    """A plan that Quantization Report saved."""
+    try:
+        if path.stat().st_size > MOST:
+            raise BadFile(f"'{path.name}' is too large for a plan")
+        content = json_of(path.read_bytes(), f"'{path.name}'")
+    except OSError as error:
+        raise BadFile(f"the plan '{path.name}' cannot be read: {error.strerror or error}") from error
+    layers = content.get("layers")
+    if content.get("kind") != "reprise quantization plan" or not isinstance(layers, dict):
+        raise BadFile(f"'{path.name}' is JSON, and no plan of Quantization Report")
+    for name, where in layers.items():
+        if where not in TARGETS:
+            raise BadFile(f"'{path.name}': '{name}' is to become {where!r}; known: {', '.join(TARGETS)}")
+    return layers
+
+
+def write_plan(path: Path, layers: Mapping[str, str], **told) -> None:
+    """Written whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"kind": "reprise quantization plan", **told, "layers": dict(layers)}, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)

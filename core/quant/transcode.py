@@ -1,0 +1,58 @@
+"""A layer in another of the host's formats, a few rows at a time.
+
+    int8:  W' = W H (H: Hadamard blocks, an orthogonal rotation of groups of inputs),  q = round(W' / s),  s = max|row| / 127
+    fp8:   q = W / s,  s = max|W| / 448
+
+The work is comfy_kitchen's; a row is whole in each piece, so that pieces give the bits that the whole layer would.
+"""
+import torch
+from comfy.quant_ops import get_layout_class
+from torch import Tensor
+
+from .formats.fp8 import marker
+from .layer import Layer
+
+GROUPS = (256, 64, 16)      # the host's rotations, widest first; its fast kernels take the widest alone
+LARGEST = 448.0             # of float8_e4m3fn
+
+
+def rotation(columns: int) -> int:
+    """The group in which a row is rotated, or 0 where none fits."""
+    return next((group for group in GROUPS if columns % group == 0), 0)
+
+
+def int8(layer: Layer, device: torch.device | str = "cpu", progress=lambda weights: None) -> dict[str, Tensor]:
+    """The layer as `int8_tensorwise` with a scale for each row, under the host's suffixes. On the CPU, worked out on `device`."""
+    rows, columns = layer.shape
+    group, layout = rotation(columns), get_layout_class("TensorWiseINT8Layout")
+    turned = {"convrot": True, "convrot_groupsize": group} if group else {}
+    codes, scales = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, 1)
+    for start, stop in layer.pieces():
+        q, params = layout.quantize(layer.rows(start, stop, device=device), is_weight=True, per_channel=True, **turned)
+        codes[start:stop].copy_(q)
+        scales[start:stop].copy_(params.scale.reshape(-1, 1))
+        progress((stop - start) * columns)
+    return {".weight": codes, ".weight_scale": scales, ".comfy_quant": marker(format="int8_tensorwise", **turned)}
+
+
+def fp8(layer: Layer, device: torch.device | str = "cpu", progress=lambda weights: None) -> dict[str, Tensor]:
+    """The layer as `float8_e4m3fn` with one scale."""
+    dtype, layout = torch.float8_e4m3fn, get_layout_class("TensorCoreFP8E4M3Layout")
+    largest = torch.zeros((), device=device)
+    for start, stop in layer.pieces():
+        largest = torch.maximum(largest, layer.rows(start, stop, device=device).abs().amax())
+    scale = (largest / LARGEST).clamp_min(1e-30)
+    codes = torch.empty(layer.shape, dtype=dtype)
+    for start, stop in layer.pieces():
+        codes[start:stop].copy_(layout.quantize(layer.rows(start, stop, device=device), scale=scale)[0])
+        progress((stop - start) * layer.shape[1])
+    return {".weight": codes, ".weight_scale": scale.to("cpu"), ".comfy_quant": marker(format="float8_e4m3fn")}
+
+
+def unpacked(layer: Layer, dtype: torch.dtype, device: torch.device | str = "cpu", progress=lambda weights: None) -> dict[str, Tensor]:
+    """The layer at full precision."""
+    weight = torch.empty(layer.shape, dtype=dtype)
+    for start, stop in layer.pieces():
+        weight[start:stop].copy_(layer.rows(start, stop, dtype=dtype, device=device))
+        progress((stop - start) * layer.shape[1])
+    return {".weight": weight}
