@@ -54,12 +54,18 @@ def state_dict(patcher) -> tuple[dict[str, Tensor], dict[str, str]]:
         if module.bias is not None:
             sd[f"{name}.bias"] = kept[f"{name}.bias"]
         bar.update_absolute(done)
-    return {key: plain(tensor) for key, tensor in sd.items()}, {name: module.quant_format for name, module in packed.items()}
+    return {key: plain(tensor) for key, tensor in sd.items()}, {name: stored_as(module.weight) for name, module in packed.items()}
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Stored as something that the host's loader does not know. A LoRA that is on a packed layer has made it int8 for now."""
-    return isinstance(getattr(module, "weight", None), QuantizedTensor) and getattr(module, "quant_format", None) not in QUANT_ALGOS
+    """Stored as something that the host's loader does not know. A LoRA that is on a packed layer has made it the host's int8 for now."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, QuantizedTensor) and weight._layout_cls not in HOST
+
+
+def stored_as(weight: QuantizedTensor) -> str:
+    """The format of a packed layer: "Q4_K", or the name of its layout."""
+    return getattr(weight._params, "type", None) or weight._layout_cls
 
 
 def owner(key: str, names) -> str | None:
