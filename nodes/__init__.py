@@ -19,6 +19,7 @@ GROUPS = (
     "reference_latents",
     "quantized",
     "gguf",
+    "quantization_report",
 )
 
 

@@ -24,6 +24,7 @@ from .later import later
 from .packed import of_blocks
 
 INT8, LAYOUT = "int8_tensorwise", "TensorWiseINT8Layout"
+WRONG = "'{key}' has the shape {came} in the file, and the model's is {wanted}"
 HOST = {algorithm["comfy_tensor_layout"] for algorithm in QUANT_ALGOS.values()}
 
 
@@ -72,10 +73,11 @@ class Holder:
             return False
         del state_dict[f"{prefix}weight"]
         if tuple(weight.shape) != shape:
-            errors.append(f"'{prefix}weight' has the shape {list(weight.shape)} in the file, and the model's is {list(shape)}")
+            errors.append(WRONG.format(key=f"{prefix}weight", came=list(weight.shape), wanted=list(shape)))
             return True
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.quant_format = INT8        # as which it is saved
+        self.stored_as = getattr(weight._params, "type", None) or weight._layout_cls
         return True
 
     def saved(self, sd: dict, prefix: str) -> dict:
@@ -118,6 +120,9 @@ def packed_ops(compute_dtype: torch.dtype, full_precision: bool = False):
                 if not self.take_packed(state_dict, prefix, self._orig_shape, errors):
                     if weight is None or f"{prefix}comfy_quant" in state_dict or not weight.dtype.is_floating_point:
                         return super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+                    if tuple(weight.shape) != self._orig_shape:
+                        errors.append(WRONG.format(key=key, came=list(weight.shape), wanted=list(self._orig_shape)))
+                        return None
                     # The host would cast it to the type that it computes in; kept as it is, it is cast at each use, and loses nothing.
                     self.weight = torch.nn.Parameter(state_dict.pop(key).to(device=self.factory_kwargs["device"]), requires_grad=False)
                 torch.nn.Module._load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors)

@@ -107,7 +107,7 @@ def test_two_encoders_load_together_and_again(tmp_path):
     chance = torch.Generator().manual_seed(1)
     clip_l = {key: torch.randn(tensor.shape, generator=chance).half() * 0.1 for key, tensor in keys.items()}
     safetensors.torch.save_file(clip_l, tmp_path / "clip_l.safetensors")
-    options = OPTIONS | {"clip_l_model_config": CLIP_CONFIG}
+    options = OPTIONS | {"model_config": dict(CLIP_CONFIG)}
     clip = text_encoder.load([str(path), str(tmp_path / "clip_l.safetensors")], "flux", options=options)
     host = comfy.sd.load_text_encoder_state_dicts([decoded(path, "t5"), dict(clip_l)], clip_type=comfy.sd.CLIPType.FLUX, model_options=dict(options))
     assert torch.equal(encoded(clip, "t5xxl"), encoded(host, "t5xxl"))
