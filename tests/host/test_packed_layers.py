@@ -278,7 +278,8 @@ def test_the_hosts_streaming_resolves_a_patched_layer_without_encoding_it(comput
     for resident in (False, True):
         layer._prefetch = {"signature": 1, "resident": resident, "xfer_dest": buffer, "cast_dest": None, "cast_geometry": geometry, "needs_cast": False}
         weight, bias = comfy.ops.resolve_cast_module_with_vbar(layer, torch.float32, torch.device("cpu"), torch.float32, torch.float32, True)
-        assert is_packed(weight) and torch.equal(weight._qdata, layer.weight._qdata) and torch.equal(F.linear(x, weight, bias), F.linear(x, layer.weight, layer.bias))
+        assert is_packed(weight) and torch.equal(weight._qdata, layer.weight._qdata)
+        assert torch.equal(F.linear(x, weight, bias), F.linear(x, layer.weight, layer.bias))
 
 
 def test_a_lora_on_a_schedule_is_refused_in_a_sentence():
