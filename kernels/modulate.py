@@ -146,10 +146,8 @@ MODULATE = Kernel(
     name="modulate", reference=reference, fused=fused, inputs=inputs, traffic=traffic, op=OP, limits=Limits(registers=64),
     cases=(
         Case("one channel", (2, 3, 1)),
-        Case("odd", (2, 3, 63)),
         Case("beyond a power of two", (1, 5, 1030)),
-        Case("RMS, weight, odd", (2, 3, 77), rms=True, weight=True, shift=False),
-        Case("RMS, all", (1, 2, 256), rms=True, weight=True),
+        Case("RMS, all, odd", (2, 3, 77), rms=True, weight=True),
         Case("FLUX, few tokens", (1, 3, 3072)),
         Case("FLUX 1024px", (1, 4352, 3072)),
         Case("Z-Image 1024px", (1, 4192, 3840), rms=True, weight=True, shift=False),
@@ -160,15 +158,12 @@ MODULATE_INT8 = Kernel(
     name="modulate to int8", reference=reference_int8, fused=fused_int8, inputs=int8_inputs, traffic=int8_traffic, op=OP_INT8,
     outputs=(CODES, SCALES), limits=Limits(registers=64),
     cases=(
-        Case("odd", (2, 3, 63), rotation=False),
         Case("beyond a power of two", (1, 5, 1030), rotation=False),
+        Case("RMS, all, odd", (2, 3, 77), rotation=False, rms=True, weight=True),
         Case("one group", (2, 3, 256), rotation=True),
-        Case("three groups", (1, 3, 768), rotation=True),
-        Case("RMS, weight, odd", (2, 3, 77), rotation=False, rms=True, weight=True, shift=False),
         Case("FLUX, few tokens", (1, 3, 3072), rotation=True),
         Case("Z-Image, few tokens", (2, 2, 3840), rotation=True, rms=True, weight=True, shift=False),
         Case("FLUX 1024px", (1, 4352, 3072), rotation=True),
-        Case("FLUX 1024px, not rotated", (1, 4352, 3072), rotation=False),
         Case("Z-Image 1024px", (1, 4192, 3840), rotation=True, rms=True, weight=True, shift=False),
     ),
 )
