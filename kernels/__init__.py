@@ -2,10 +2,10 @@
 from .activate import ACTIVATE_INT8
 from .combine import COMBINE, COMBINE_ERROR
 from .gated_residual import GATED_RESIDUAL_INT8
-from .modulate import MODULATE, MODULATE_INT8
-from .qkv_rope import QKV_ROPE
 from .gguf_weights import GGUF_CODES, GGUF_ROW_SCALES, GGUF_VALUES
 from .int8_linear import INT8_LINEAR
+from .modulate import MODULATE, MODULATE_INT8
+from .qkv_rope import QKV_ROPE
 from .quantize import QUANTIZE_ROWS
 from .sandwich_residual import SANDWICH_RESIDUAL_INT8
 

@@ -22,12 +22,12 @@ MOST = 256                  # channels of a head
 
 def qkv_rope(
     products: list[Tensor], q_weights: list[Tensor], k_weights: list[Tensor], positions: Tensor, *,
-    heads: int, kv_heads: int | None = None, eps: float = 1e-6,
+    heads: int, kv_heads: int | None = None, eps: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """products: of each stream in the order of its tokens, [B, N_s, (heads + 2 kv_heads) D], q, k and v one after the other, all of one type.
 
     q_weights, k_weights: [D], of each stream. positions: the host's table, fp32 [B or 1, 1, N, D/2, 2, 2] or [B or 1, N, 1, D/2, 2, 2],
-    N all tokens. Returns q [B, heads, N, D] and k, v [B, kv_heads, N, D], views of one tensor.
+    N all tokens. eps: None is what torch's RMS norm takes for None, FLUX's case. Returns q [B, heads, N, D] and k, v [B, kv_heads, N, D], views of one tensor.
     """
     kv_heads = heads if kv_heads is None else kv_heads
     packed = heads + 2 * kv_heads
@@ -41,6 +41,7 @@ def qkv_rope(
     table = table_of(positions)
     if table.shape[0] not in (1, shapes[0][0]) or table.shape[1:] != (tokens, width // 2, 2, 2) or width % 2:
         raise ValueError(f"positions {tuple(positions.shape)} came for {tokens} tokens and heads {width} wide; pass [1, 1, {tokens}, {width // 2}, 2, 2]")
+    eps = torch.finfo(torch.float32).eps if eps is None else eps
     joined = OP(list(products), list(q_weights), list(k_weights), table, heads, kv_heads, eps)
     return joined[:, :heads], joined[:, heads:heads + kv_heads], joined[:, heads + kv_heads:]
 

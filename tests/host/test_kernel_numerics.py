@@ -157,8 +157,7 @@ def test_q_k_and_v_of_a_double_stream_block_are_the_hosts(double, batch):
     host_q, host_k, host_v = (torch.cat(parts, 2) for parts in zip(*streams, strict=True))
     host_q, host_k = apply_rope(host_q, host_k, positions)
     norms = [(attention.norm.query_norm, attention.norm.key_norm) for attention in (double.txt_attn, double.img_attn)]
-    eps = norms[0][0].eps if norms[0][0].eps is not None else torch.finfo(TYPE).eps
-    q, k, v = qkv_rope([text, image], [q.weight for q, _ in norms], [k.weight for _, k in norms], positions, heads=HEADS, eps=eps)
+    q, k, v = qkv_rope([text, image], [q.weight for q, _ in norms], [k.weight for _, k in norms], positions, heads=HEADS, eps=norms[0][0].eps)
     assert torch.equal(v, host_v) and apart(q, host_q) < 1e-3 and apart(k, host_k) < 1e-3
 
 
