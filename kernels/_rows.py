@@ -80,6 +80,10 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return torch.nn.functional.rms_norm(x.float(), x.shape[-1:], None if weight is None else weight.float(), eps)
 
 
+def multiplier(scale: Tensor, one_plus: bool) -> Tensor:
+    return 1 + scale.float() if one_plus else scale.float()
+
+
 def quantized(y: Tensor, rotation: bool) -> tuple[Tensor, Tensor]:
     """y: [..., C] in fp32."""
     y = rotated(y) if rotation else y

@@ -22,12 +22,13 @@ MOST = 256                  # channels of a head
 
 def qkv_rope(
     products: list[Tensor], q_weights: list[Tensor], k_weights: list[Tensor], positions: Tensor, *,
-    heads: int, kv_heads: int | None = None, eps: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    heads: int, kv_heads: int | None = None, eps: float | None = None, with_v: bool = True,
+) -> tuple[Tensor, ...]:
     """products: of each stream in the order of its tokens, [B, N_s, (heads + 2 kv_heads) D], q, k and v one after the other, all of one type.
 
     q_weights, k_weights: [D], of each stream. positions: the host's table, fp32 [B or 1, 1, N, D/2, 2, 2] or [B or 1, N, 1, D/2, 2, 2],
-    N all tokens. eps: None is what torch's RMS norm takes for None, FLUX's case. Returns q [B, heads, N, D] and k, v [B, kv_heads, N, D], views of one tensor.
+    N all tokens. eps: None is what torch's RMS norm takes for None, FLUX's case.
+    Returns q [B, heads, N, D] and k, v [B, kv_heads, N, D], views of one tensor; without v, which attention may read where it is, q and k.
     """
     kv_heads = heads if kv_heads is None else kv_heads
     packed = heads + 2 * kv_heads
@@ -42,8 +43,8 @@ def qkv_rope(
     if table.shape[0] not in (1, shapes[0][0]) or table.shape[1:] != (tokens, width // 2, 2, 2) or width % 2:
         raise ValueError(f"positions {tuple(positions.shape)} came for {tokens} tokens and heads {width} wide; pass [1, 1, {tokens}, {width // 2}, 2, 2]")
     eps = torch.finfo(torch.float32).eps if eps is None else eps
-    joined = OP(list(products), list(q_weights), list(k_weights), table, heads, kv_heads, eps)
-    return joined[:, :heads], joined[:, heads:heads + kv_heads], joined[:, heads + kv_heads:]
+    joined = OP(list(products), list(q_weights), list(k_weights), table, heads, kv_heads, eps, with_v)
+    return joined.split((heads, kv_heads, kv_heads) if with_v else (heads, kv_heads), 1)
 
 
 def table_of(positions: Tensor) -> Tensor:
@@ -55,15 +56,15 @@ def table_of(positions: Tensor) -> Tensor:
 
 # plain torch: the definition of right ----------------------------------------------------------------------------------
 def reference(
-    products: list[Tensor], q_weights: list[Tensor], k_weights: list[Tensor], table: Tensor, heads: int, kv_heads: int, eps: float,
+    products: list[Tensor], q_weights: list[Tensor], k_weights: list[Tensor], table: Tensor, heads: int, kv_heads: int, eps: float, with_v: bool,
 ) -> Tensor:
-    """[B, heads + 2 kv_heads, N, D], of q, k and v."""
+    """[B, heads + kv_heads, N, D], of q and k; with v kv_heads more."""
     parts = []
     for product, q_weight, k_weight in zip(products, q_weights, k_weights, strict=True):
         batch, tokens, _ = product.shape
         rows = product.reshape(batch, tokens, heads + 2 * kv_heads, -1).transpose(1, 2)
         q, k, v = rows.split((heads, kv_heads, kv_heads), 1)
-        parts.append(torch.cat((normed(q, q_weight, eps), normed(k, k_weight, eps), v), 1))
+        parts.append(torch.cat((normed(q, q_weight, eps), normed(k, k_weight, eps), *([v] if with_v else [])), 1))
     joined = torch.cat(parts, 2)
     turned = joined[:, :heads + kv_heads]
     pairs = turned.float().unflatten(-1, (-1, 1, 2))        # [B, heads + kv_heads, N, D/2, 1, 2]
@@ -121,14 +122,14 @@ def _qkv_rope_kernel(
     tl.store(joined + (row[:, None] * channels + at[None, :]), b_out, mask=inside)
 
 
-def fused(products, q_weights, k_weights, table, heads: int, kv_heads: int, eps: float) -> Tensor:
-    joined = fake(products, q_weights, k_weights, table, heads, kv_heads, eps)
+def fused(products, q_weights, k_weights, table, heads: int, kv_heads: int, eps: float, with_v: bool) -> Tensor:
+    joined = fake(products, q_weights, k_weights, table, heads, kv_heads, eps, with_v)
     batch, packed, tokens, channels = joined.shape
     q_parts, kv_parts = (triton.cdiv(count, AT_ONCE) for count in (heads, kv_heads))
     block, first = triton.next_power_of_2(channels), 0
     with torch.cuda.device_of(joined):
         for product, q_weight, k_weight in zip(products, q_weights, k_weights, strict=True):
-            _qkv_rope_kernel[(product.shape[1], q_parts + 2 * kv_parts, batch)](
+            _qkv_rope_kernel[(product.shape[1], q_parts + (2 if with_v else 1) * kv_parts, batch)](
                 product, q_weight, k_weight, table, joined, heads, kv_heads, q_parts, kv_parts, packed, channels, first, tokens,
                 product.stride(0), product.stride(1), batch_stride(table), table.stride(1), eps,
                 HEADS=AT_ONCE, BLOCK=block, num_warps=max(AT_ONCE * block // 512, 1))
@@ -147,9 +148,9 @@ def fits(products, q_weights, k_weights, table, heads, kv_heads, **_) -> bool:
         and all(tensor.device == first.device for tensor in (*products, *weights, table)))
 
 
-def fake(products, q_weights, k_weights, table, heads, kv_heads, eps) -> Tensor:
-    first, packed = products[0], heads + 2 * kv_heads
-    shape = (first.shape[0], packed, sum(product.shape[1] for product in products), first.shape[-1] // packed)
+def fake(products, q_weights, k_weights, table, heads, kv_heads, eps, with_v) -> Tensor:
+    first, tokens = products[0], sum(product.shape[1] for product in products)
+    shape = (first.shape[0], heads + (2 if with_v else 1) * kv_heads, tokens, first.shape[-1] // (heads + 2 * kv_heads))
     return torch.empty(shape, dtype=first.dtype, device=first.device)
 
 
@@ -157,7 +158,7 @@ OP = operator("qkv_rope", reference, fused, fake, fits)
 
 
 # for the tests and the benchmark ---------------------------------------------------------------------------------------
-def inputs(shape, heads: int, kv_heads: int | None = None, text: int = 0, beside: int = 0, *, dtype, device) -> dict:
+def inputs(shape, heads: int, kv_heads: int | None = None, text: int = 0, beside: int = 0, with_v: bool = True, *, dtype, device) -> dict:
     """shape: [B, N, D], N all tokens, `text` of them of a stream of their own. beside: channels of the product that are not qkv."""
     batch, tokens, channels = shape
     kv_heads = kv_heads or heads
@@ -170,25 +171,27 @@ def inputs(shape, heads: int, kv_heads: int | None = None, text: int = 0, beside
     table = torch.stack((angles.cos(), -angles.sin(), angles.sin(), angles.cos()), -1).unflatten(-1, (2, 2))
     return {
         "products": products, "q_weights": weights[0], "k_weights": weights[1], "table": table.contiguous(),
-        "heads": heads, "kv_heads": kv_heads, "eps": 1e-6}
+        "heads": heads, "kv_heads": kv_heads, "eps": 1e-6, "with_v": with_v}
 
 
-def traffic(products, q_weights, k_weights, table, heads, kv_heads, eps) -> int:
-    return 2 * whole(*products) + whole(*q_weights, *k_weights, table)
+def traffic(products, q_weights, k_weights, table, heads, kv_heads, eps, with_v) -> int:
+    moved = 2 * whole(*products)
+    unmoved = 0 if with_v else moved * kv_heads // (heads + 2 * kv_heads)
+    return moved - unmoved + whole(*q_weights, *k_weights, table)
 
 
 QKV_ROPE = Kernel(
     name="qkv norm and rope", reference=reference, fused=fused, inputs=inputs, traffic=traffic, op=OP, limits=Limits(registers=64),
     cases=(
         Case("one pair of channels", (2, 3, 2), heads=1),
-        Case("channels of no power of two", (1, 5, 12), heads=3),
+        Case("channels of no power of two", (1, 5, 12), heads=3, with_v=False),
         Case("fewer heads of k and v", (2, 3, 24), heads=4, kv_heads=2),
         Case("text and image", (2, 7, 16), heads=3, text=3),
         Case("more heads than a program takes, a wider product", (1, 3, 128), heads=5, beside=48),
         Case("FLUX, few tokens", (1, 3, 128), heads=24, text=1),
         Case("many tokens", (1, 9, 128), heads=3),
         Case("FLUX double-stream block 1024px", (1, 4352, 128), heads=24, text=256),
-        Case("FLUX single-stream block 1024px", (1, 4352, 128), heads=24, beside=12288),
+        Case("FLUX single-stream block 1024px", (1, 4352, 128), heads=24, beside=12288, with_v=False),
         Case("Z-Image 1024px", (1, 4192, 128), heads=30),
     ),
 )

@@ -17,26 +17,27 @@ from .spec import CODES, SCALES, VALUES, Case, Kernel, Limits
 
 
 def sandwich_residual_int8(
-    x: Tensor, y: Tensor, gate: Tensor, after: Tensor, before: Tensor, scale: Tensor, *, rotation: bool, eps: float = 1e-5,
+    x: Tensor, y: Tensor, gate: Tensor, after: Tensor, before: Tensor, scale: Tensor, *, rotation: bool, eps: float = 1e-5, one_plus: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, y: [B, N, C]; gate, its tanh taken, and scale: [B or 1, 1, C]; after (v), before (w): [C]; all of one type.
 
-    With `rotation` C is a multiple of 256. Returns r [B, N, C] in the type of x, codes, int8 [B, N, C], and scales, fp32 [B, N, 1].
+    one_plus: the 1 is still to be added to the scale. With `rotation` C is a multiple of 256.
+    Returns r [B, N, C] in the type of x, codes, int8 [B, N, C], and scales, fp32 [B, N, 1].
     """
     if y.shape != x.shape or y.dtype is not x.dtype:
         raise ValueError(f"x {tuple(x.shape)} in {x.dtype} came with y {tuple(y.shape)} in {y.dtype}; pass two of one shape and type")
     _rows.checked(x, {"gate": gate, "scale": scale}, rotation)
     _rows.checked_weight(after, x.shape[-1])
     _rows.checked_weight(before, x.shape[-1])
-    return OP(x, y, gate, after, before, scale, rotation, eps)
+    return OP(x, y, gate, after, before, scale, rotation, eps, one_plus)
 
 
 # plain torch: the definition of right ----------------------------------------------------------------------------------
 def reference(
-    x: Tensor, y: Tensor, gate: Tensor, after: Tensor, before: Tensor, scale: Tensor, rotation: bool, eps: float,
+    x: Tensor, y: Tensor, gate: Tensor, after: Tensor, before: Tensor, scale: Tensor, rotation: bool, eps: float, one_plus: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     residual = (x + gate * _rows.rms_norm(y, after, eps).to(x.dtype)).contiguous()
-    return residual, *_rows.quantized(_rows.rms_norm(residual, before, eps) * (1 + scale.float()), rotation)
+    return residual, *_rows.quantized(_rows.rms_norm(residual, before, eps) * _rows.multiplier(scale, one_plus), rotation)
 
 
 # Triton ----------------------------------------------------------------------------------------------------------------
@@ -44,7 +45,7 @@ def reference(
 def _sandwich_residual_kernel(
     x, y, gate, after, before, scale, residual, codes, scales,
     channels, x_batch, x_token, y_batch, y_token, gate_batch, scale_batch, eps,
-    ROTATION: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
+    ONE_PLUS: tl.constexpr, ROTATION: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
 ):
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     number = batch * tl.num_programs(0) + token
@@ -57,18 +58,18 @@ def _sandwich_residual_kernel(
     store_row(row, residual + number * channels, channels, PIECES, PIECE)
 
     row = times_row(rms_normed(row, channels, eps, PIECES), before, channels, 0, PIECES, PIECE)
-    row = times_row(row, scale + batch * scale_batch, channels, 1, PIECES, PIECE)
+    row = times_row(row, scale + batch * scale_batch, channels, ONE_PLUS, PIECES, PIECE)
     store_codes(row, codes, scales, number, channels, ROTATION, PIECES, PIECE)
 
 
-def fused(x, y, gate, after, before, scale, rotation: bool, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    residual, codes, scales = fake(x, y, gate, after, before, scale, rotation, eps)
+def fused(x, y, gate, after, before, scale, rotation: bool, eps: float, one_plus: bool) -> tuple[Tensor, Tensor, Tensor]:
+    residual, codes, scales = fake(x, y, gate, after, before, scale, rotation, eps, one_plus)
     batch, tokens, channels = x.shape
     with torch.cuda.device_of(x):
         _sandwich_residual_kernel[(tokens, batch)](
             x, y, gate, after, before, scale, residual, codes, scales, channels, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
             batch_stride(gate), batch_stride(scale), eps,
-            ROTATION=rotation, **pieces(channels))
+            ONE_PLUS=int(one_plus), ROTATION=rotation, **pieces(channels))
     return residual, codes, scales
 
 
@@ -76,7 +77,7 @@ def fits(x, y, gate, after, before, scale, **_) -> bool:
     return gate.dtype is after.dtype is x.dtype and _rows.fits(x.shape[-1], x, y, gate, after, before, scale)
 
 
-def fake(x, y, gate, after, before, scale, rotation, eps) -> tuple[Tensor, Tensor, Tensor]:
+def fake(x, y, gate, after, before, scale, rotation, eps, one_plus) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), *_rows.codes_like(x, x.shape[-1])
 
 
@@ -84,14 +85,14 @@ OP = operator("sandwich_residual_int8", reference, fused, fake, fits)
 
 
 # for the tests and the benchmark ---------------------------------------------------------------------------------------
-def inputs(shape, rotation: bool, *, dtype, device) -> dict:
+def inputs(shape, rotation: bool, one_plus: bool = True, *, dtype, device) -> dict:
     gate, scale, _, _ = chunks(shape, 4, dtype=dtype, device=device)
     x, y = (activations(shape, dtype=dtype, device=device) for _ in range(2))
     after, before = ((1 + 0.2 * torch.randn(shape[-1], device=device)).to(dtype) for _ in range(2))
-    return {"x": x, "y": y, "gate": gate.tanh(), "after": after, "before": before, "scale": scale, "rotation": rotation, "eps": 1e-5}
+    return {"x": x, "y": y, "gate": gate.tanh(), "after": after, "before": before, "scale": scale, "rotation": rotation, "eps": 1e-5, "one_plus": one_plus}
 
 
-def traffic(x, y, gate, after, before, scale, rotation, eps) -> int:
+def traffic(x, y, gate, after, before, scale, rotation, eps, one_plus) -> int:
     return 2 * whole(x) + whole(y, gate, after, before, scale) + _rows.coded_bytes(x, x.shape[-1])
 
 
@@ -99,7 +100,7 @@ SANDWICH_RESIDUAL_INT8 = Kernel(
     name="sandwich residual to int8", reference=reference, fused=fused, inputs=inputs, traffic=traffic, op=OP,
     outputs=(VALUES, CODES, SCALES), limits=Limits(registers=64),
     cases=(
-        Case("odd", (2, 3, 63), rotation=False),
+        Case("odd", (2, 3, 63), rotation=False, one_plus=False),
         Case("beyond a power of two", (1, 5, 1030), rotation=False),
         Case("one group", (2, 3, 256), rotation=True),
         Case("Z-Image, few tokens", (2, 2, 3840), rotation=True),

@@ -30,7 +30,7 @@ def test_what_stays_in_bf16_is_rounded_once(name):
     arguments = given(MODULATE, name)
     norm = torch.nn.functional.rms_norm if arguments["rms"] else torch.nn.functional.layer_norm
     x, scale, shift, weight = (None if arguments[part] is None else arguments[part].double() for part in ("x", "scale", "shift", "weight"))
-    truth = norm(x, x.shape[-1:], eps=1e-6) * (1 if weight is None else weight) * (1 + scale) + shift
+    truth = norm(x, x.shape[-1:], eps=1e-6) * (1 if weight is None else weight) * (scale + arguments["one_plus"]) + shift
     for run in (MODULATE.fused, MODULATE.reference):
         assert (run(**arguments).double() - truth).norm() <= 1.7e-3 * truth.norm()
 
@@ -86,6 +86,9 @@ def test_q_k_and_v_are_apart_and_where_attention_reads_them():
     assert q.shape == (2, 4, 3, 24) and k.shape == v.shape == (2, 2, 3, 24)
     packed = arguments["products"][0].view(2, 3, 8, 24).transpose(1, 2)
     assert torch.equal(v, packed[:, 6:])
+    alone = qkv_rope(
+        arguments["products"], arguments["q_weights"], arguments["k_weights"], arguments["table"].unsqueeze(1), heads=4, kv_heads=2, with_v=False)
+    assert len(alone) == 2 and torch.equal(alone[0], q) and torch.equal(alone[1], k)
     assert torch.allclose(q.norm(dim=-1), (torch.nn.functional.rms_norm(packed[:, :4], (24,), arguments["q_weights"][0])).norm(dim=-1), rtol=1e-5)
 
 
