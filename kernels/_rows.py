@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._hadamard import GROUP, places, rotate, rotated
-from ._int8 import code, coded, magnitude, row_scales, scale_of
+from ._int8 import coded, magnitude, nearest, row_scales, scale_of
 from ._triton import tl, triton
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -187,7 +187,7 @@ def store_codes(row, codes, scales, number, channels, ROTATION: tl.constexpr, PI
     scale = scale_of(b_most)
     tl.store(scales + number, scale)
     for i in tl.static_range(PIECES):
-        b_codes = code(turned[i], scale)
+        b_codes = nearest(turned[i] / scale)      # the scale is the row's own, so nothing lies beyond it
         if ROTATION:
             at = i * PIECE + places(PIECE)
             tl.store(codes + number * channels + at, tl.reshape(b_codes, (PIECE // 4, 4)), mask=at < channels)
