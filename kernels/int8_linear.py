@@ -186,6 +186,5 @@ INT8_LINEAR = Kernel(
         Case("FLUX mlp.0 1024px", (4352, 12288), K=3072, gelu=True),
         Case("FLUX linear2 1024px", (4352, 3072), K=15360, gates=1),
         Case("FLUX text proj, two pictures", (512, 3072), K=3072, gates=2),
-        Case("Z-Image w2 1024px", (4192, 3840), K=10240, bias=False),
     ),
 )
