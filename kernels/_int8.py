@@ -35,12 +35,6 @@ def scale_of(b_magnitude):
 
 
 @triton.jit
-def row_scale(b_x):
-    """b_x: [N] in fp32, zeros where there is no channel. Returns the scale of the row."""
-    return scale_of(magnitude(b_x))
-
-
-@triton.jit
 def code(b_x, scale):
     return nearest(tl.minimum(tl.maximum(b_x / scale, -128.0), 127.0))
 

@@ -61,10 +61,6 @@ def batch_stride(row: Tensor | None) -> int:
     return 0 if row is None or row.shape[0] == 1 else row.stride(0)
 
 
-def triton_type(dtype: torch.dtype):
-    return getattr(tl, str(dtype).removeprefix("torch."))
-
-
 def codes_like(tokens: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     """Room for codes [B, N, C] and scales [B, N, 1]."""
     shape = tokens.shape[:-1]
