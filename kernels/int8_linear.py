@@ -137,7 +137,8 @@ def fused(x, x_scales, weight, weight_scales, bias, gate, residual, gelu, out_dt
     out = fake(x, x_scales, weight, weight_scales, bias, gate, residual, gelu, out_dtype)
     per_gate = M if gate is None else M // len(gate)
     arch = architecture(x.device)
-    chosen = tile(arch, per_gate, N)
+    crowded = N % 16 > 0 or residual is not None and residual.dtype is torch.float32        # elements one by one, or wide ones
+    chosen = tile(arch, per_gate, N, crowded)
     described = arch >= 90      # these read tiles by themselves if told of them before the launch; others go by what the kernel knows of the sizes
     tensors = [TensorDescriptor.from_tensor(tensor, [side, chosen.k]) for tensor, side in ((x, chosen.m), (weight, chosen.n))] if described else [x, weight]
     programs = M // per_gate * triton.cdiv(per_gate, chosen.m) * triton.cdiv(N, chosen.n)

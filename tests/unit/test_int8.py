@@ -121,7 +121,8 @@ def test_every_size_has_a_tile_and_large_products_have_the_usual_one():
             for columns in (16, 3072, 21504):
                 assert tile(arch, rows, columns) in [row.tile for row in TABLE]
         assert tile(arch, 4352, 3072) is tile(arch, 4352, 21504) is USUAL and tile(arch, 1, 3072).m == 16
-    assert TABLE[-1].fits(0, 1 << 30, 1 << 30)
+        assert tile(arch, 4352, 3072, crowded=True).n == 64
+    assert TABLE[-1].fits(0, 1 << 30, 1 << 30, False)
 
 
 def test_rows_that_do_not_begin_on_16_bytes_are_left_to_torch():
