@@ -49,6 +49,14 @@ def test_residuals_have_the_bits_of_a_sum_written_out(dtype):
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", HALVES)
+def test_heads_are_rounded_between_norm_and_rotation_as_the_host_rounds_them(dtype):
+    arguments = given(QKV_ROPE, "FLUX, few tokens", dtype)
+    fused, reference = QKV_ROPE.fused(**arguments), QKV_ROPE.reference(**arguments)
+    assert (fused != reference).double().mean() < 1e-3
+
+
+@needs_triton
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.parametrize(("kernel", "into"), [
     (QUANTIZE_ROWS, "x"), (MODULATE_INT8, "x"), (GATED_RESIDUAL_INT8, "y"), (SANDWICH_RESIDUAL_INT8, "x"), (ACTIVATE_INT8, "a")],
