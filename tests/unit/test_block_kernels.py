@@ -81,12 +81,13 @@ def test_a_row_of_zeros_has_codes_of_zero_and_a_scale_that_can_be_divided_by():
 @needs_triton
 def test_rows_are_cut_so_that_all_channels_are_held_and_registers_are_enough():
     for channels in (*range(1, 700), *range(700, 1 + _rows.LONGEST, 253), 3072, 3840, 6144, 10240, 12288, 15360, 24576, _rows.LONGEST):
-        cut = _rows.pieces(channels)
-        count, width, warps = cut["PIECES"], cut["PIECE"], cut["num_warps"]
-        assert count <= 4 and (count - 1) * width < channels <= count * width and width & (width - 1) == 0
-        assert width % _rows.GROUP == 0 and 1 <= warps <= 32 and width == 256 * warps
-    assert (_rows.pieces(3072)["PIECES"], _rows.pieces(3072)["PIECE"]) == (3, 1024)
-    assert (_rows.pieces(10240)["PIECES"], _rows.pieces(10240)["PIECE"]) == (3, 4096)
+        for itemsize in (2, 4):
+            cut = _rows.pieces(channels, itemsize)
+            count, width, warps = cut["PIECES"], cut["PIECE"], cut["num_warps"]
+            assert count <= 4 and (count - 1) * width < channels <= count * width and width & (width - 1) == 0
+            assert width % _rows.GROUP == 0 and 1 <= warps <= 32 and width == 256 * warps
+    assert (_rows.pieces(3072, 2)["PIECES"], _rows.pieces(3072, 2)["PIECE"]) == (3, 1024)
+    assert (_rows.pieces(10240, 2)["PIECES"], _rows.pieces(10240, 2)["PIECE"]) == (3, 4096)
 
 
 def test_q_k_and_v_are_apart_and_where_attention_reads_them():
