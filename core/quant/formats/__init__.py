@@ -5,8 +5,10 @@ from .base import Format
 from .fp8 import ScaledFP8, UnscaledFP8
 from .host import HostFormats
 from .plain import Plain
+from .svdquant import SVDQuant
 
 FORMATS: tuple[Format, ...] = (
+    SVDQuant(),
     HostFormats(),
     ScaledFP8(),
     UnscaledFP8(),
