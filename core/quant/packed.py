@@ -1,0 +1,152 @@
+"""GGUF layers that stay packed: blocks in memory, turned into numbers for the length of one product.
+
+    int8:   codes, from the blocks by a kernel; then comfy_kitchen's int8 product, with the scales of the rows found when the file was opened
+    decode: floats, from the blocks; then an ordinary product
+
+The host sees a QuantizedTensor, which it moves, offloads and streams as its own. What is saved is the host's int8 with rotation.
+"""
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import comfy.model_management
+import comfy_kitchen
+import torch
+from comfy.quant_ops import QuantizedLayout, QuantizedTensor, register_layout_op
+from comfy_kitchen.tensor import BaseLayoutParams, register_layout_class
+from comfy_kitchen.tensor.base import dequantize_args
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import blocks
+from .files import Blocks
+from .later import Later
+
+LAYOUT, INT8 = "RepriseGGUFLayout", "TensorWiseINT8Layout"
+FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}        # as comfy_kitchen's operators number them
+LEAST_CAPABILITY = (7, 5)       # of a GPU with int8 products
+
+
+class GGUFLayout(QuantizedLayout):
+    """qdata: uint8 [N, bytes of a row]."""
+
+    @dataclass(frozen=True)
+    class Params(BaseLayoutParams):
+        """scale: fp32 [N, 1], of the rows' int8 codes; empty where they are not computed with."""
+
+        type: str = ""
+        compute: str = "decode"         # or "int8"
+        convrot: bool = False           # the names are the host's, which writes them into the mark of a saved layer
+        convrot_groupsize: int = 256
+        transposed: bool = False
+
+        @property
+        def group(self) -> int:
+            return self.convrot_groupsize if self.convrot else 0
+
+    @classmethod
+    def quantize(cls, tensor: Tensor, **options):
+        raise TypeError("weights are not encoded as GGUF blocks; a layer that changes becomes int8 with rotation")
+
+    @classmethod
+    def dequantize(cls, qdata: Tensor, params: Params) -> Tensor:
+        return blocks.values(qdata, params.type, params.orig_dtype)
+
+    @classmethod
+    def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[Tensor, Tensor]:
+        return qtensor._qdata, qtensor._params.scale
+
+    @classmethod
+    def state_dict_tensors(cls, qdata: Tensor, params: Params) -> dict[str, Tensor]:
+        """The layer as the host's int8: made when it is read."""
+        def made() -> tuple[Tensor, Tensor]:
+            if params.scale.numel():
+                return blocks.codes(qdata, params.type, params.scale, params.group), params.scale
+            return blocks.quantized(blocks.values(qdata, params.type), params.group)
+
+        return saved(tuple(params.orig_shape), qdata.nbytes, params.scale.nbytes, made)
+
+
+register_layout_class(LAYOUT, GGUFLayout)
+
+
+def saved(shape: tuple[int, int], nbytes: int, scale_nbytes: int, made) -> dict[str, Tensor]:
+    """Keys and tensors of an int8 layer. made: gives codes and scales. nbytes: what the layer holds now."""
+    return {"": Later(shape, torch.int8, nbytes, lambda: made()[0]),
+            "_scale": Later((shape[0], 1), torch.float32, scale_nbytes, lambda: made()[1])}
+
+
+def is_packed(weight) -> bool:
+    return isinstance(weight, QuantizedTensor) and weight._layout_cls == LAYOUT
+
+
+def fast_int8(device: torch.device | None = None) -> bool:
+    """Whether the GPU has int8 products and comfy_kitchen a kernel for them."""
+    device = device or comfy.model_management.get_torch_device()
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return False
+    return any(told["available"] and not told["disabled"] and "int8_linear" in told["capabilities"]
+               for name, told in comfy_kitchen.list_backends().items() if name != "eager")
+
+
+def pack(found: Blocks, dtype: torch.dtype, compute: str = "auto") -> QuantizedTensor:
+    """A weight [N, K] that computes in `dtype` from its blocks. compute: "int8", "decode", or "auto": int8 where that is fast."""
+    if compute not in ("auto", "int8", "decode"):
+        raise ValueError(f"compute {compute!r} came; GGUF layers know auto, int8 and decode")
+    if compute == "auto":
+        compute = "int8" if fast_int8() else "decode"
+    (rows, columns), group = found.shape, blocks.rotation_group(found.shape[1])
+    scale = torch.empty(0, dtype=torch.float32)
+    if compute == "int8":
+        scale = blocks.scales(found.bytes, found.type, group, comfy.model_management.get_torch_device())
+    return QuantizedTensor(found.bytes, LAYOUT, GGUFLayout.Params(
+        scale=scale, orig_dtype=dtype, orig_shape=(rows, columns), type=found.type, compute=compute, convrot=bool(group), convrot_groupsize=group or 256))
+
+
+def int8(weight: Tensor, group: int, seed: int | None = None) -> QuantizedTensor:
+    """A float weight as the host's int8 layer."""
+    return QuantizedTensor.from_float(weight, INT8, per_channel=True, convrot=bool(group), convrot_groupsize=group or 256, stochastic_rounding=seed or 0)
+
+
+# products --------------------------------------------------------------------------------------------------------------
+def product(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
+    """x: [..., K]; weight: packed [N, K]. Returns [..., N] in the type of x."""
+    if isinstance(x, QuantizedTensor):
+        x = x.dequantize()
+    params, held = weight._params, weight._qdata.contiguous()
+    if params.compute == "int8" and x.dtype in FLOATS:
+        codes = blocks.codes(held, params.type, params.scale, params.group)
+        return torch.ops.comfy_kitchen.int8_linear(x.contiguous(), codes, params.scale, bias, FLOATS[x.dtype], params.convrot, params.convrot_groupsize)
+    return F.linear(x, blocks.values(held, params.type, x.dtype), bias)
+
+
+@register_layout_op(torch.ops.aten.linear.default, GGUFLayout)
+def linear(first, args, kwargs):
+    x, weight, bias = (*args, None)[:3]
+    if not is_packed(weight) or weight._params.transposed:
+        return F.linear(*dequantize_args(args), **dequantize_args(kwargs))
+    return product(x, weight, bias)
+
+
+@register_layout_op(torch.ops.aten.t.default, GGUFLayout)
+def transposed(first, args, kwargs):
+    params = args[0]._params
+    turned = dataclasses.replace(params, orig_shape=params.orig_shape[::-1], transposed=not params.transposed)
+    return QuantizedTensor(args[0]._qdata, LAYOUT, turned)
+
+
+@register_layout_op(torch.ops.aten.mm.default, GGUFLayout)
+def mm(first, args, kwargs):
+    x, weight = args
+    if is_packed(weight) and weight._params.transposed:
+        return product(x, weight, None)
+    return torch.mm(*dequantize_args(args))
+
+
+@register_layout_op(torch.ops.aten.addmm.default, GGUFLayout)
+def addmm(first, args, kwargs):
+    bias, x, weight = args
+    if is_packed(weight) and weight._params.transposed and not kwargs:
+        return product(x, weight, bias)
+    return torch.addmm(*dequantize_args(args), **dequantize_args(kwargs))
