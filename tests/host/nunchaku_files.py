@@ -87,7 +87,9 @@ def branch_of(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return up, down
 
 
-def svdquant(weight: Tensor, bias: Tensor | None, most: Tensor | None, rank: int, kind="int4", gelu=False, dtype=torch.bfloat16, branch=True) -> dict[str, Tensor]:
+def svdquant(
+    weight: Tensor, bias: Tensor | None, most: Tensor | None, rank: int, kind="int4", gelu=False, dtype=torch.bfloat16, branch=True,
+) -> dict[str, Tensor]:
     """A linear layer as its file has it. most: largest of each input in use, for the smoothing. branch: the residual without one else."""
     n, k = weight.shape
     smooth = torch.ones(k) if most is None else ((most + (SHIFT if gelu else 0)).clamp_min(1e-3) / weight.abs().amax(0).clamp_min(1e-3)).sqrt()

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from comfy.quant_ops import QuantizedTensor, get_layout_class
+from comfy.quant_ops import QuantizedTensor, register_layout_class
+from comfy_kitchen.tensor import TensorCoreAWQW4A16Layout
 from torch import Tensor
 
 from ..files import WeightFile
@@ -18,7 +19,21 @@ from . import tiles
 from .header import Header
 from .stored import HALF, Parts
 
-KITCHEN = "TensorCoreAWQW4A16Layout"
+LAYOUT = "RepriseAWQLayout"
+
+
+class ModulationLayout(TensorCoreAWQW4A16Layout):
+    """comfy_kitchen's own, saved as int8."""
+
+    class Params(TensorCoreAWQW4A16Layout.Params):
+        type = "AWQ int4"
+
+    @classmethod
+    def state_dict_tensors(cls, qdata, params):
+        return {"": qdata, "_scale": params.scale}
+
+
+register_layout_class(LAYOUT, ModulationLayout)
 
 
 @dataclass(frozen=True)
@@ -65,9 +80,9 @@ class Modulation:
             pieces.append(codes[:, 0::2] | codes[:, 1::2] << 4)
         at = self.stored_rows(0, self.shape[0])
         scale, zero = self.scale[:, at], (self.zero.float() + 8 * self.scale.float())[:, at]
-        params = get_layout_class(KITCHEN).Params(
+        params = ModulationLayout.Params(
             scale=scale.to(dtype).contiguous(), zeros=zero.to(dtype).contiguous(), orig_dtype=dtype, orig_shape=self.shape, group_size=tiles.GROUP)
-        return QuantizedTensor(torch.cat(pieces).view(torch.int8), KITCHEN, params)
+        return QuantizedTensor(torch.cat(pieces).view(torch.int8), LAYOUT, params)
 
 
 def take(file: WeightFile, head: Header, left: dict, name: str, splits: int) -> Modulation:

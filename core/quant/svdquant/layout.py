@@ -8,7 +8,7 @@ The shift of unsigned pieces is undone here (`offset`): `F.linear(x, W, b)` is x
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import comfy.model_management
 import torch
@@ -52,7 +52,9 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Params(BaseLayoutParams):
-    """scale, smooth, down, up, row_scale: of all pieces, flat. offset [N], or none of it."""
+    """scale, smooth, down, up, row_scale: of all pieces, flat. offset [N], or none of it. type: the format's name."""
+
+    type: ClassVar[str]
 
     smooth: Tensor
     down: Tensor
@@ -89,9 +91,10 @@ def views(qdata: Tensor, params: Params, group: int) -> list[View]:
     found, at = [], [0] * 6
     for piece in params.pieces:
         n, k, rank = piece[:3]
-        shapes = ((n, k // 2), (k // group, n) if group == tiles.GROUP else (n, k // group), (k,), (k, rank), (n, rank), (n,) if params.row_scale.numel() else (0,))
-        cut = []
-        for index, (tensor, shape) in enumerate(zip((qdata, params.scale, params.smooth, params.down, params.up, params.row_scale), shapes, strict=True)):
+        scales = (k // group, n) if group == tiles.GROUP else (n, k // group)
+        shapes = ((n, k // 2), scales, (k,), (k, rank), (n, rank), (n,) if params.row_scale.numel() else (0,))
+        flat, cut = (qdata, params.scale, params.smooth, params.down, params.up, params.row_scale), []
+        for index, (tensor, shape) in enumerate(zip(flat, shapes, strict=True)):
             size = shape[0] * (shape[1] if len(shape) > 1 else 1)
             cut.append(tensor[at[index]:at[index] + size].view(shape))
             at[index] += size
@@ -102,8 +105,8 @@ def views(qdata: Tensor, params: Params, group: int) -> list[View]:
 class SVDQuantLayout(QuantizedLayout):
     """What both kinds share. Each has `product`, one piece's x W^T + bias; `codes`, and `by_row`, its scales, in natural order."""
 
-    Params = Params
     QUANTIZES_INPUT = False
+    Params: type[Params]
     group: int
     values: Tensor
 
@@ -118,7 +121,7 @@ class SVDQuantLayout(QuantizedLayout):
 
     @classmethod
     def state_dict_tensors(cls, qdata, params):
-        return {"": qdata, **{f"_{name}": getattr(params, name) for name in params._tensor_fields()}}
+        return {"": qdata, "_scale": params.scale}      # of the host's names; such layers are saved as int8
 
     @classmethod
     def dequantize(cls, qdata: Tensor, params: Params) -> Tensor:
@@ -162,6 +165,9 @@ class SVDQuantLayout(QuantizedLayout):
 class SVDQuantInt4Layout(SVDQuantLayout):
     """int4 codes, int4 activations: comfy_kitchen's operations."""
 
+    class Params(Params):
+        type = "SVDQuant int4"
+
     MIN_SM_VERSION = (8, 0)
     group, values = tiles.GROUP, INT4
 
@@ -183,6 +189,9 @@ class SVDQuantInt4Layout(SVDQuantLayout):
 
 class SVDQuantNVFP4Layout(SVDQuantLayout):
     """e2m1 codes with a scale for 16 of them: the host's product where the GPU has it, a product of the unpacked weight elsewhere."""
+
+    class Params(Params):
+        type = "SVDQuant nvfp4"
 
     MIN_SM_VERSION = (10, 0)
     group, values = tiles.MICRO, E2M1
@@ -236,7 +245,7 @@ def pack(layout: str, flats: list[Flat], axis: int, shape, offset: Tensor | None
     flats = gathered(flats, axis)
     rows = [flat.row_scale for flat in flats if flat.row_scale is not None]
     join = lambda tensors: torch.cat([tensor.to(small).reshape(-1) for tensor in tensors])
-    params = Params(
+    params = get_layout_class(layout).Params(
         scale=torch.cat([scale(flat).reshape(-1).view(torch.uint8) for flat in flats]).view(scale(flats[0]).dtype), orig_dtype=dtype, orig_shape=tuple(shape),
         smooth=join(flat.smooth for flat in flats), down=join(flat.down for flat in flats), up=join(flat.up for flat in flats),
         row_scale=join(rows) if rows else torch.zeros(0, dtype=small), offset=torch.zeros(0) if offset is None else offset,

@@ -43,7 +43,8 @@ FLUX_NORMS = {
     "single_blocks": {"norm_q": "norm.query_norm", "norm_k": "norm.key_norm"},
 }
 Z_IMAGE_BLOCK = (
-    Linear("attention.qkv", (("attention.to_qkv",),)), Linear("attention.out", (("attention.to_out.0",),)), Linear("feed_forward.w2", (("feed_forward.net.2",),)),
+    Linear("attention.qkv", (("attention.to_qkv",),)), Linear("attention.out", (("attention.to_out.0",),)),
+    Linear("feed_forward.w2", (("feed_forward.net.2",),)),
 )
 W3_W1 = "feed_forward.net.0.proj"
 Z_IMAGE_STACKS = ("layers", "noise_refiner", "context_refiner")

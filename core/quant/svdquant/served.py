@@ -53,7 +53,7 @@ def nvfp4(device: torch.device) -> Served:
         return Served(EMULATED, f"SVDQuant nvfp4 has no fast products on the {device.type} device: every weight is unpacked for each of them; {INSTEAD}")
     if not comfy.model_management.supports_nvfp4_compute(device):
         name = torch.cuda.get_device_name(device)
-        return Served(EMULATED, f"{name} has no nvfp4 units (RTX 50 series and later have): every SVDQuant nvfp4 weight is unpacked for each product; {INSTEAD}")
+        return Served(EMULATED, f"{name} has no nvfp4 units, which the RTX 50 series has: every weight is unpacked for each product; {INSTEAD}")
     return Served(NATIVE)
 
 
