@@ -12,6 +12,7 @@ Nothing of the reader is used. Where an element goes is computed from its row an
 Two numbers come from there, too: the shift 0.171875 of what follows a GELU, and the 1 added to the bias of a scale.
 """
 import json
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,6 +79,14 @@ def pack_awq(codes: Tensor) -> Tensor:
 
 # --- quantizing ------------------------------------------------------------------------------------------------------------------
 
+class Packed(NamedTuple):
+    """What a layer is in the file, and the weight and bias that this stands for."""
+
+    parts: dict[str, Tensor]
+    weight: Tensor
+    bias: Tensor
+
+
 def branch_of(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(up [N, r], down [r, K]) of the largest singular values."""
     u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
@@ -89,7 +98,7 @@ def branch_of(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def svdquant(
     weight: Tensor, bias: Tensor | None, most: Tensor | None, rank: int, kind="int4", gelu=False, dtype=torch.bfloat16, branch=True,
-) -> dict[str, Tensor]:
+) -> Packed:
     """A linear layer as its file has it. most: largest of each input in use, for the smoothing. branch: the residual without one else."""
     n, k = weight.shape
     smooth = torch.ones(k) if most is None else ((most + (SHIFT if gelu else 0)).clamp_min(1e-3) / weight.abs().amax(0).clamp_min(1e-3)).sqrt()
@@ -103,32 +112,39 @@ def svdquant(
         scale = (residual.view(n, -1, 64).abs().amax(-1) / 7).clamp_min(1e-8).to(dtype)
         codes = (residual.view(n, -1, 64) / scale.float()[..., None]).round().clamp(-8, 7).view(n, k)
         out |= {"qweight": pack_weight(codes), "wscales": pack_scale(scale)}
+        kept = (codes.view(n, -1, 64) * scale.float()[..., None]).view(n, k) / smooth
     else:
         rows = (residual.abs().amax(1) / (6 * 448)).clamp_min(1e-8).to(dtype)
         even = residual / rows.float()[:, None]
         scale = (even.view(n, -1, 16).abs().amax(-1) / 6).clamp_min(2 ** -9).to(torch.float8_e4m3fn)
         codes = (even.view(n, -1, 16, 1) / scale.float()[..., None, None] - E2M1).abs().argmin(-1).view(n, k)
         out |= {"qweight": pack_weight(codes), "wscales": pack_micro(scale), "wcscales": pack_scale(rows)}
+        kept = (E2M1[codes].view(n, -1, 16) * scale.float()[..., None]).view(n, k) * rows.float()[:, None] / smooth
     bias = torch.zeros(n) if bias is None else bias
     if gelu and kind == "int4":
-        bias = bias - SHIFT * (weight - up @ down).sum(1)
-    return out | {"bias": pack_scale(bias.to(dtype))}
+        bias = (bias - SHIFT * (weight - up @ down).sum(1)).to(dtype)
+        return Packed(out | {"bias": pack_scale(bias)}, kept + up @ down, bias.float() + SHIFT * kept.sum(1))
+    bias = bias.to(dtype)
+    return Packed(out | {"bias": pack_scale(bias)}, kept + up @ down, bias.float())
 
 
-def awq(weight: Tensor, bias: Tensor, splits: int, dtype=torch.bfloat16) -> dict[str, Tensor]:
+def awq(weight: Tensor, bias: Tensor, splits: int, dtype=torch.bfloat16) -> Packed:
     """A modulation layer: its outputs channel by channel, 1 added to the bias of each scale."""
-    n, k = weight.shape
+    (n, k), ones = weight.shape, torch.zeros(splits)
     weight = weight.view(splits, n // splits, k).transpose(0, 1).reshape(n, k)
     bias = bias.view(splits, -1).t().clone()
-    for scale in {1, splits - 2}:
-        bias[:, scale] += 1
+    ones[[1, splits - 2]] = 1
+    bias = (bias + ones).to(dtype)
     groups = k // 64
     scale = (weight.view(n, groups, 64).abs().amax(-1) / 7).clamp_min(1e-8).to(dtype)
     codes = (weight.view(n, groups, 64) / scale.float()[..., None] + 7).round().clamp(0, 15).view(n, k)
     padded = torch.zeros(-(-groups // 16) * 16, n, dtype=dtype)
     zeros = padded.clone()
     padded[:groups], zeros[:groups] = scale.t(), -7 * scale.t()
-    return {"qweight": pack_awq(codes), "wscales": padded, "wzeros": zeros, "bias": bias.reshape(-1).to(dtype)}
+    kept = codes.view(n, groups, 64) * scale.float()[..., None] + (-7 * scale).float()[..., None]
+    kept = kept.view(-1, splits, k).transpose(0, 1).reshape(n, k)
+    parts = {"qweight": pack_awq(codes), "wscales": padded, "wzeros": zeros, "bias": bias.reshape(-1)}
+    return Packed(parts, kept, (bias.float() - ones).t().reshape(-1))
 
 
 # --- whole files -----------------------------------------------------------------------------------------------------------------
@@ -153,17 +169,27 @@ def header(kind: str, rank: int, model: str, config: str = "{}") -> dict[str, st
             "quantization_config": json.dumps({"method": "svdquant", "weight": four, "activation": four, "rank": rank})}
 
 
-def flux(sd: dict[str, Tensor], most: dict[str, Tensor], rank=32, kind="int4", branch=True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A FLUX.1 checkpoint of the host's names as (tensors, metadata) of nunchaku. most: of each linear layer's inputs."""
-    sd, out = {key: tensor.float() for key, tensor in sd.items()}, {}
+class File(NamedTuple):
+    """tensors, metadata: of nunchaku. dense: {key of the host: what the quantized layers stand for}."""
 
-    def put(name: str, parts: dict[str, Tensor]) -> None:
-        out.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    dense: dict[str, Tensor]
+
+
+def flux(sd: dict[str, Tensor], most: dict[str, Tensor], rank=32, kind="int4", branch=True) -> File:
+    """A FLUX.1 checkpoint of the host's names as nunchaku has it. most: of each linear layer's inputs."""
+    sd, out, dense = {key: tensor.float() for key, tensor in sd.items()}, {}, {}
+
+    def put(name: str, packed: Packed) -> Packed:
+        out.update({f"{name}.{part}": tensor for part, tensor in packed.parts.items()})
+        return packed
 
     for key, tensor in sd.items():
         layer, _, end = key.rpartition(".")
         stack, number, local = (*layer.split(".", 2), "", "")[:3]
         block = f"{'single_' if stack == 'single_blocks' else ''}transformer_blocks.{number}"
+        made = []
         if layer in FLUX_OUTSIDE:
             out[f"{FLUX_OUTSIDE[layer]}.{end}"] = tensor.bfloat16()
         elif layer == "final_layer.adaLN_modulation.1":
@@ -174,53 +200,58 @@ def flux(sd: dict[str, Tensor], most: dict[str, Tensor], rank=32, kind="int4", b
             short = FLUX_DOUBLE.get(local) or {"norm.query_norm": "norm_q", "norm.key_norm": "norm_k"}[local]
             out[f"{block}.{short}.weight"] = tensor.bfloat16()
         elif local in ("img_mod.lin", "txt_mod.lin", "modulation.lin"):
-            put(f"{block}.{FLUX_DOUBLE.get(local, 'norm.linear')}", awq(tensor, sd[f"{layer}.bias"], 6 if "_mod" in local else 3))
+            made = [put(f"{block}.{FLUX_DOUBLE.get(local, 'norm.linear')}", awq(tensor, sd[f"{layer}.bias"], 6 if "_mod" in local else 3))]
         elif local == "linear1":
             three, bias = 3 * tensor.shape[1], sd[f"{layer}.bias"]
-            for short, rows in (("qkv_proj", slice(0, three)), ("mlp_fc1", slice(three, None))):
-                put(f"{block}.{short}", svdquant(tensor[rows], bias[rows], most[layer], rank, kind, branch=branch))
+            made = [put(f"{block}.{short}", svdquant(tensor[rows], bias[rows], most[layer], rank, kind, branch=branch))
+                    for short, rows in (("qkv_proj", slice(0, three)), ("mlp_fc1", slice(three, None)))]
         elif local == "linear2":
             h = tensor.shape[0]
-            put(f"{block}.out_proj", svdquant(tensor[:, :h], None, most[layer][:h], rank, kind, branch=branch))
-            put(f"{block}.mlp_fc2", svdquant(tensor[:, h:], sd[f"{layer}.bias"], most[layer][h:], rank, kind, gelu=True, branch=branch))
+            made = [put(f"{block}.out_proj", svdquant(tensor[:, :h], None, most[layer][:h], rank, kind, branch=branch)),
+                    put(f"{block}.mlp_fc2", svdquant(tensor[:, h:], sd[f"{layer}.bias"], most[layer][h:], rank, kind, gelu=True, branch=branch))]
+            dense[key], dense[f"{layer}.bias"] = torch.cat([one.weight for one in made], 1), made[1].bias
+            continue
         else:
-            put(f"{block}.{FLUX_DOUBLE[local]}", svdquant(tensor, sd[f"{layer}.bias"], most[layer], rank, kind, gelu=local.endswith("mlp.2"), branch=branch))
-    return out, header(kind, rank, "NunchakuFluxTransformer2dModel")
+            gelu = local.endswith("mlp.2")
+            made = [put(f"{block}.{FLUX_DOUBLE[local]}", svdquant(tensor, sd[f"{layer}.bias"], most[layer], rank, kind, gelu, branch=branch))]
+        if made:
+            dense[key], dense[f"{layer}.bias"] = torch.cat([one.weight for one in made]), torch.cat([one.bias for one in made])
+    return File(out, header(kind, rank, "NunchakuFluxTransformer2dModel"), dense)
 
 
-def z_image(sd: dict[str, Tensor], most: dict[str, Tensor], config: str, rank=32, kind="int4", branch=True, refiners=True):
+def z_image(sd: dict[str, Tensor], most: dict[str, Tensor], config: str, rank=32, kind="int4", branch=True, refiners=True) -> File:
     """A Z-Image checkpoint of the host's names as nunchaku has it. refiners: whether they are quantized, too."""
-    out = {}
-    outside = {"x_embedder": "all_x_embedder.2-1", "final_layer.linear": "all_final_layer.2-1.linear",
-               "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1"}
+    out, dense = {}, {}
+
+    def put(name: str, tensor: Tensor, whole: bool, *keys: str) -> None:
+        """keys: of the host, for layers that stand above each other in the file."""
+        if not whole:
+            out[f"{name}.weight"] = tensor.bfloat16()
+            return
+        packed = svdquant(tensor, None, most[keys[0].removesuffix(".weight")], rank, kind, branch=branch)
+        out.update({f"{name}.{RENAMED.get(part, part)}": value for part, value in packed.parts.items() if part != "bias"})
+        dense.update(zip(keys, packed.weight.chunk(len(keys)), strict=True))
+
     for key, tensor in sd.items():
         layer, _, end = key.rpartition(".")
         block, local = ".".join(layer.split(".")[:2]), ".".join(layer.split(".")[2:])
-        whole = refiners or not block.endswith("_refiner.0")
-        tensor = tensor.float()
-        if local in ("attention.qkv", "attention.out", "feed_forward.w2"):
-            name = {"attention.qkv": "attention.to_qkv", "attention.out": "attention.to_out.0", "feed_forward.w2": "feed_forward.net.2"}[local]
-            if whole:
-                parts = svdquant(tensor, None, most[layer], rank, kind, branch=branch)
-                out.update({f"{block}.{name}.{RENAMED.get(part, part)}": value for part, value in parts.items() if part != "bias"})
-            elif local == "attention.qkv":
+        whole, tensor = refiners or "_refiner" not in block, tensor.float()
+        if local in Z_IMAGE_BLOCK:
+            if local == "attention.qkv" and not whole:
                 out.update({f"{block}.attention.to_{one}.weight": part.bfloat16() for one, part in zip("qkv", tensor.chunk(3), strict=True)})
             else:
-                out[f"{block}.{name}.weight"] = tensor.bfloat16()
+                put(f"{block}.{Z_IMAGE_BLOCK[local]}", tensor, whole, key)
         elif local == "feed_forward.w1":
-            both = torch.cat([sd[f"{block}.feed_forward.w3.weight"].float(), tensor])
-            if whole:
-                parts = svdquant(both, None, most[layer], rank, kind, branch=branch)
-                out.update({f"{block}.feed_forward.net.0.proj.{RENAMED.get(part, part)}": value for part, value in parts.items() if part != "bias"})
-            else:
-                out[f"{block}.feed_forward.net.0.proj.weight"] = both.bfloat16()
-        elif local == "feed_forward.w3":
-            continue
+            w3 = f"{block}.feed_forward.w3.weight"
+            put(f"{block}.feed_forward.net.0.proj", torch.cat([sd[w3].float(), tensor]), whole, w3, key)
         elif local in ("attention.q_norm", "attention.k_norm"):
             out[f"{block}.attention.norm_{local[10]}.weight"] = tensor.bfloat16()
-        else:
-            out[f"{outside[layer]}.{end}" if layer in outside else key] = tensor.bfloat16()
-    return out, header(kind, rank, "NunchakuZImageTransformer2DModel", config)
+        elif local != "feed_forward.w3":
+            out[f"{Z_IMAGE_OUTSIDE[layer]}.{end}" if layer in Z_IMAGE_OUTSIDE else key] = tensor.bfloat16()
+    return File(out, header(kind, rank, "NunchakuZImageTransformer2DModel", config), dense)
 
 
+Z_IMAGE_BLOCK = {"attention.qkv": "attention.to_qkv", "attention.out": "attention.to_out.0", "feed_forward.w2": "feed_forward.net.2"}
+Z_IMAGE_OUTSIDE = {"x_embedder": "all_x_embedder.2-1", "final_layer.linear": "all_final_layer.2-1.linear",
+                   "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1"}
 RENAMED = {"smooth": "smooth_factor", "smooth_orig": "smooth_factor_orig", "lora_down": "proj_down", "lora_up": "proj_up"}
