@@ -51,10 +51,10 @@ def open_file(path: Path | str) -> WeightFile:
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
-            first = file.read(8)
+            first = file.read(9)
     except OSError as error:
         raise BadFile(f"'{path.name}' cannot be read: {error.strerror or error}") from error
-    if len(first) < 8:
+    if len(first) < 9:
         raise BadFile(f"'{path.name}' has {size} bytes, which is no model file; download it again")
     for fits, reader in CONTAINERS:
         if fits(first, size):
@@ -63,9 +63,9 @@ def open_file(path: Path | str) -> WeightFile:
 
 
 def safetensors_header(first: bytes, size: int) -> bool:
-    """A length that a header can have. A truncated header is let through, to be told as such."""
-    (length,) = struct.unpack("<Q", first)
-    return 2 <= length <= 100_000_000
+    """A length that a header can have, and JSON. A truncated header is let through, to be told as such."""
+    (length,) = struct.unpack("<Q", first[:8])
+    return 2 <= length <= 100_000_000 and first[8:] == b"{"
 
 
 def open_safetensors(path: Path) -> WeightFile:

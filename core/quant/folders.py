@@ -1,11 +1,13 @@
 """Where the user's model files lie: the host's folders, with .gguf files among them, and what is written."""
 import os
+import re
 from pathlib import Path
 
 import folder_paths
 
 SAFE = (".safetensors", ".sft", ".gguf")    # a pickle may run code when it is opened
 PLANS = "plans"
+NAME = re.compile(r"\w[\w .-]{0,79}")
 
 
 def with_gguf(kind: str) -> str:
@@ -52,6 +54,14 @@ def plans() -> list[str]:
 def plan_path(name: str) -> Path:
     if name not in plans():
         raise ValueError(f"no plan '{str(name)[:100]}' is in {plans_folder()}; save one with Quantization Report, or choose none")
+    return plans_folder() / f"{name}.json"
+
+
+def new_plan(name: str) -> Path:
+    """A place for a plan. Its name is a file's name and no path."""
+    if not NAME.fullmatch(name):
+        raise ValueError(f"name is '{str(name)[:100]}'; a plan's name is 1 to 80 letters, digits, blanks, dots, - and _, the first a letter or digit")
+    plans_folder().mkdir(parents=True, exist_ok=True)
     return plans_folder() / f"{name}.json"
 
 

@@ -47,7 +47,7 @@ class Loaded:
         return f"{self.name}: {', '.join(f'{count} layers {what}' for what, count in kept.most_common())}; {self.seconds:.1f} s"
 
 
-NAMES = {"int8": "int8", "fp8": "scaled fp8", "full": "full precision", "packed": "packed"}
+NAMES = {"int8": "int8", "fp8": "scaled fp8", "nvfp4": "nvfp4", "full": "full precision", "packed": "packed"}
 
 
 def load(path: Path | str, settings: Settings, disable_dynamic: bool = False, report: Callable[[Loaded], None] = lambda loaded: None):
@@ -115,7 +115,7 @@ def state_dict(
     layers: Mapping[str, Layer], rest: Mapping[str, Tensor], targets: Mapping[str, str], dtype: torch.dtype, device: torch.device,
 ) -> dict[str, Tensor]:
     """The state dict for the host. One layer at a time is worked on, and of that a few rows; a progress bar counts weights."""
-    work = [layer for name, layer in layers.items() if targets[name] in ("int8", "fp8", "full")]
+    work = [layer for name, layer in layers.items() if targets[name] not in ("stored", "packed")]
     bar = comfy.utils.ProgressBar(max(1, sum(layer.shape[0] * layer.shape[1] for layer in work)))
     done = 0
 
@@ -130,14 +130,12 @@ def state_dict(
         match targets[name]:
             case "stored":
                 parts = layer.host
-            case "int8":
-                parts = transcode.int8(layer, device, progress)
-            case "fp8":
-                parts = transcode.fp8(layer, device, progress)
             case "full":
                 parts = transcode.unpacked(layer, dtype, device, progress)
             case "packed":
-                parts = {".weight": layer.packed(dtype)}
+                parts = {".weight": layer.packed(dtype)} if layer.packed is not None else None
+            case other:
+                parts = transcode.TRANSCODERS[other](layer, device, progress)
         if parts is None:
             raise BadFile(f"layer '{name}' is stored as {layer.format}, which cannot be kept as it is; choose another compute")
         made.update({name + suffix: tensor for suffix, tensor in parts.items()})

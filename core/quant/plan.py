@@ -18,9 +18,10 @@ from pathlib import Path
 from .files import BadFile, json_of
 from .layer import Layer
 from .sensitive import is_sensitive, matches
+from .transcode import TRANSCODERS
 
 COMPUTE = ("auto", "int8", "fp8", "bf16", "host")
-TARGETS = ("stored", "int8", "fp8", "full", "packed")
+TARGETS = ("stored", *TRANSCODERS, "full", "packed")
 FULL = ("bf16", "fp16", "fp32")
 MOST = 1 << 22      # bytes of a plan file
 
@@ -52,7 +53,8 @@ def plan(
         raise ValueError(f"the plan is for another model: it has {len(lost)} layers that this file lacks, the first is '{lost[0]}'")
     kept = {name for name in layers if name not in linears or is_sensitive(name, family) or matches(name, settings.exclude)}
     asked = {name: "host" if name in kept else settings.compute for name in layers}
-    return {name: settings.layers.get(name) or target(layer, asked[name], fast_int8, native) for name, layer in layers.items()}
+    planned = {name: "stored" if where == "full" and layers[name].format in FULL else where for name, where in settings.layers.items()}
+    return {name: planned.get(name) or target(layer, asked[name], fast_int8, native) for name, layer in layers.items()}
 
 
 def target(layer: Layer, compute: str, fast_int8: bool, native: frozenset[str]) -> str:

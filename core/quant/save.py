@@ -19,6 +19,7 @@ from .loader import METADATA
 
 NETWORK = "diffusion_model."
 TRANSCODED = "reprise.transcoded"
+WHOLE = ("bias", "input_scale", "pre_quant_scale")      # beside a quantized weight, and no part of it
 HOST = {algo["comfy_tensor_layout"] for algo in QUANT_ALGOS.values()}
 
 
@@ -41,52 +42,44 @@ def save(patcher, path: Path) -> dict[str, str]:
 
 
 def state_dict(patcher) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The host's tensors for saving, packed layers as int8; and {packed layer: its format}."""
-    network = patcher.model.diffusion_model
-    packed = {name: module for name, module in network.named_modules() if is_packed(module)}
-    kept = patcher.model_state_dict_for_saving(network, NETWORK)
-    sd = {key: tensor for key, tensor in kept.items() if owner(key, packed) is None}
-    bar = comfy.utils.ProgressBar(max(1, len(packed)))
-    for done, (name, module) in enumerate(packed.items(), 1):
-        weight = patched(patcher, name, module)
-        parts = as_int8(name, weight) if isinstance(weight, QuantizedTensor) and weight._layout_cls not in HOST else stored(weight)
-        sd |= {name + suffix: tensor for suffix, tensor in parts.items()}
-        if module.bias is not None:
-            sd[f"{name}.bias"] = kept[f"{name}.bias"]
+    """The tensors in the host's formats, and {packed layer: its format}.
+
+    The host has a function for this, which cannot make parameters of int8 weights that are not on the GPU.
+    """
+    network, sd, turned = patcher.model.diffusion_model, {}, {}
+    modules, stored = dict(network.named_modules()), network.state_dict()
+    bar = comfy.utils.ProgressBar(max(1, len(stored)))
+    for done, (key, tensor) in enumerate(stored.items(), 1):
+        name, _, part = key.rpartition(".")
+        module = modules[name]
+        if not isinstance(getattr(module, "weight", None), QuantizedTensor) or part in WHOLE:
+            sd[key] = patched(patcher, key, module, tensor)
+        elif part == "weight":
+            if module.quant_format not in QUANT_ALGOS:
+                turned[name] = module.quant_format
+            sd |= {name + end: piece for end, piece in quantized(patched(patcher, key, module, module.weight), name, stored).items()}
         bar.update_absolute(done)
-    return {key: plain(tensor) for key, tensor in sd.items()}, {name: module.quant_format for name, module in packed.items()}
+    return {key: plain(tensor) for key, tensor in sd.items()}, turned
 
 
-def is_packed(module: nn.Module) -> bool:
-    """Stored as something that the host's loader does not know. A LoRA that is on a packed layer has made it int8 for now."""
-    return isinstance(getattr(module, "weight", None), QuantizedTensor) and getattr(module, "quant_format", None) not in QUANT_ALGOS
+def patched(patcher, key: str, module: nn.Module, tensor: Tensor) -> Tensor:
+    """A tensor with its LoRAs, whether the host has put them on already or not."""
+    if NETWORK + key not in patcher.patches or getattr(module, "comfy_patched_weights", False):
+        return tensor
+    return patcher.patch_weight_to_device(NETWORK + key, device_to=tensor.device, return_weight=True)
 
 
-def owner(key: str, names) -> str | None:
-    name = key.rpartition(".")[0]
-    return name if name in names else None
-
-
-def patched(patcher, name: str, module: nn.Module) -> Tensor:
-    """The weight with its LoRAs, whether the host has put them on already or not."""
-    key = f"{NETWORK}{name}.weight"
-    if key not in patcher.patches or getattr(module, "comfy_patched_weights", False):
-        return module.weight
-    return patcher.patch_weight_to_device(key, device_to=module.weight.device, return_weight=True)
-
-
-def as_int8(name: str, weight: QuantizedTensor) -> dict[str, Tensor]:
-    whole = weight.detach().to("cpu").dequantize()
-    layer = Layer(name=name, format=weight._layout_cls, shape=tuple(whole.shape), unpack=lambda start, stop: whole[start:stop], nbytes=0)
-    return transcode.int8(layer)
-
-
-def stored(weight: Tensor) -> dict[str, Tensor]:
-    """A layer that a LoRA turned into the host's int8."""
-    params = weight._params
-    turned = {"convrot": True, "convrot_groupsize": params.convrot_groupsize} if params.convrot else {}
-    return {f".weight{suffix}": tensor for suffix, tensor in weight.state_dict().items()} | {
-        ".comfy_quant": transcode.marker(format="int8_tensorwise", **turned)}
+def quantized(weight: Tensor, name: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A layer under the host's suffixes; one that the host does not know as int8."""
+    if weight._layout_cls not in HOST:
+        whole = weight.detach().to("cpu").dequantize()
+        layer = Layer(name=name, format=weight._layout_cls, shape=tuple(whole.shape), unpack=lambda start, stop: whole[start:stop], nbytes=0)
+        return transcode.int8(layer)
+    mark = stored[f"{name}.comfy_quant"]
+    if weight._layout_cls == "TensorWiseINT8Layout":        # perhaps what a LoRA made of a packed layer
+        turned = {"convrot": True, "convrot_groupsize": weight._params.convrot_groupsize} if weight._params.convrot else {}
+        mark = transcode.marker(format="int8_tensorwise", **turned)
+    return weight.state_dict(".weight") | {".comfy_quant": mark}
 
 
 def plain(tensor: Tensor) -> Tensor:

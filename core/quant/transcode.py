@@ -2,6 +2,7 @@
 
     int8:  W' = W H (H: Hadamard blocks, an orthogonal rotation of groups of inputs),  q = round(W' / s),  s = max|row| / 127
     fp8:   q = W / s,  s = max|W| / 448
+    nvfp4: q = W / (s t),  s for each 16 inputs in fp8, t for the layer
 
 The work is comfy_kitchen's; a row is whole in each piece, so that pieces give the bits that the whole layer would.
 """
@@ -47,6 +48,24 @@ def fp8(layer: Layer, device: torch.device | str = "cpu", progress=lambda weight
         codes[start:stop].copy_(layout.quantize(layer.rows(start, stop, device=device), scale=scale)[0])
         progress((stop - start) * layer.shape[1])
     return {".weight": codes, ".weight_scale": scale.to("cpu"), ".comfy_quant": marker(format="float8_e4m3fn")}
+
+
+def nvfp4(layer: Layer, device: torch.device | str = "cpu", progress=lambda weights: None) -> dict[str, Tensor]:
+    """The layer as `nvfp4`. Its scales are stored in tiles of the whole layer, so that this one is worked on as a whole, in bf16."""
+    weight = torch.cat([layer.rows(start, stop, torch.bfloat16, device) for start, stop in layer.pieces()])
+    codes, params = get_layout_class("TensorCoreNVFP4Layout").quantize(weight)
+    progress(layer.shape[0] * layer.shape[1])
+    return {".weight": codes.to("cpu"), ".weight_scale": params.block_scale.to("cpu"), ".weight_scale_2": params.scale.to("cpu"),
+            ".comfy_quant": marker(format="nvfp4")}
+
+
+TRANSCODERS = {"int8": int8, "fp8": fp8, "nvfp4": nvfp4}
+BITS = {"int8": 8.0, "fp8": 8.0, "nvfp4": 4.5, "full": 16.0}      # of a weight, as memory holds it
+
+
+def can(target: str, shape: tuple[int, int]) -> bool:
+    """Whether a layer of this shape can become that."""
+    return target != "nvfp4" or (shape[0] % 16 == 0 and shape[1] % 16 == 0)
 
 
 def unpacked(layer: Layer, dtype: torch.dtype, device: torch.device | str = "cpu", progress=lambda weights: None) -> dict[str, Tensor]:
