@@ -43,7 +43,7 @@ class Modulation:
     weight: Tensor          # int32 [N / 4, K / 2]
     scale: Tensor           # [K / 64, N]
     zero: Tensor            # [K / 64, N]
-    bias: Tensor            # [N], as the host has it
+    bias: Tensor            # fp32 [N], as the host has it
     splits: int
 
     @property
@@ -102,5 +102,5 @@ def take(file: WeightFile, head: Header, left: dict, name: str, splits: int) -> 
     parts.fits("bias", bias, (n,), (*HALF, torch.float32))
     ones = torch.zeros(splits, dtype=torch.float32)
     ones[1] = ones[-2] = 1.0            # shift, scale, gate, for attention and then for the MLP
-    bias = (bias.float().view(-1, splits) - ones).t().reshape(-1).to(bias.dtype)
+    bias = (bias.float().view(-1, splits) - ones).t().reshape(-1)       # fp32: a half has not the digits for b + 1 - 1
     return Modulation(weight, scale[:groups], zero[:groups], bias, splits)
