@@ -102,7 +102,7 @@ def compile_only() -> int:
         said = _compiled.broken(row, limits[row["kernel"]])
         over += bool(said)
         print(f"{row['kernel']:22} {row['case']:34} sm_{row['arch']:<4} {row['registers']:4} registers {row['stack_bytes']:3} stack"
-              f" {row['local_bytes']:3} local {row['shared_bytes']:6} shared  {row['instruction']}{'   TOO MUCH: ' if said else ''}{'; '.join(said)}", flush=True)
+              f" {row['local_bytes']:3} local {row['shared_bytes']:6} shared  {row['instruction']}{'   TOO MUCH: ' if said else ''}", *said, flush=True)
     written([{name: row[name] for name in COLUMNS} for row in found], COMPILED)
     return 1 if over else 0
 

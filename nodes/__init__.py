@@ -18,6 +18,7 @@ GROUPS = (
     "template_carriers",
     "reference_latents",
     "quantized",
+    "gguf",
     "quantization_report",
 )
 

@@ -38,3 +38,8 @@ class Later(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         args, kwargs = tree_map(lambda value: value.made() if isinstance(value, Later) else value, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def later(shape: tuple[int, int], nbytes: int, scale_nbytes: int, made: Callable[[], tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Endings and tensors of a layer of the host's int8 with a scale for each row. made: gives both. nbytes: what the layer holds now."""
+    return {"": Later(shape, torch.int8, nbytes, lambda: made()[0]), "_scale": Later((shape[0], 1), torch.float32, scale_nbytes, lambda: made()[1])}

@@ -47,7 +47,7 @@ class Loaded:
         return f"{self.name}: {', '.join(f'{count} layers {what}' for what, count in kept.most_common())}; {self.seconds:.1f} s"
 
 
-NAMES = {"int8": "int8", "fp8": "scaled fp8", "nvfp4": "nvfp4", "full": "full precision", "packed": "packed"}
+NAMES = {"int8": "int8", "fp8": "scaled fp8", "nvfp4": "nvfp4", "full": "full precision", "packed": "packed", "packed int8": "packed, computed as int8"}
 
 
 def load(path: Path | str, settings: Settings, disable_dynamic: bool = False, report: Callable[[Loaded], None] = lambda loaded: None):
@@ -76,8 +76,8 @@ def load_file(file: WeightFile, settings: Settings, disable_dynamic: bool = Fals
     options = {"load_device": device, "offload_device": torch.device("cpu")} if settings.device == "cpu" else {}
     dtype = comfy.model_management.unet_manual_cast(None, device, config.supported_inference_dtypes)
     sd = state_dict(layers, rest, targets, dtype, device)
-    if "packed" in targets.values():
-        from .packed import packed_ops
+    if {"packed", "packed int8"} & set(targets.values()):
+        from .packed_ops import packed_ops
 
         options["custom_operations"] = packed_ops(dtype)
     patcher = comfy.sd.load_diffusion_model_state_dict(sd, model_options=options, metadata=file.metadata, disable_dynamic=disable_dynamic)
@@ -134,6 +134,8 @@ def state_dict(
                 parts = transcode.unpacked(layer, dtype, device, progress)
             case "packed":
                 parts = {".weight": layer.packed(dtype)} if layer.packed is not None else None
+            case "packed int8":
+                parts = {".weight": layer.packed_int8(dtype)} if layer.packed_int8 is not None else None
             case other:
                 parts = transcode.TRANSCODERS[other](layer, device, progress)
         if parts is None:

@@ -11,7 +11,6 @@ import dataclasses
 from dataclasses import dataclass
 
 import comfy.model_management
-import comfy_kitchen
 import torch
 from comfy.quant_ops import QuantizedLayout, QuantizedTensor, register_layout_op
 from comfy_kitchen.tensor import BaseLayoutParams, register_layout_class
@@ -21,11 +20,10 @@ from torch.nn import functional as F
 
 from . import blocks
 from .files import Blocks
-from .later import Later
+from .later import later
 
-LAYOUT, INT8 = "RepriseGGUFLayout", "TensorWiseINT8Layout"
+LAYOUT = "RepriseGGUFLayout"
 FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}        # as comfy_kitchen's operators number them
-LEAST_CAPABILITY = (7, 5)       # of a GPU with int8 products
 
 
 class GGUFLayout(QuantizedLayout):
@@ -59,54 +57,32 @@ class GGUFLayout(QuantizedLayout):
 
     @classmethod
     def state_dict_tensors(cls, qdata: Tensor, params: Params) -> dict[str, Tensor]:
-        """The layer as the host's int8: made when it is read."""
-        def made() -> tuple[Tensor, Tensor]:
-            if params.scale.numel():
-                return blocks.codes(qdata, params.type, params.scale, params.group), params.scale
-            return blocks.quantized(blocks.values(qdata, params.type), params.group)
+        """The layer as the host's int8, made when it is read."""
+        return later(tuple(params.orig_shape), qdata.nbytes, params.scale.nbytes, lambda: cls.int8(qdata, params))
 
-        return saved(tuple(params.orig_shape), qdata.nbytes, params.scale.nbytes, made)
+    @classmethod
+    def int8(cls, qdata: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+        """Codes and scales of the rotated rows, as they are computed with."""
+        if params.scale.numel():
+            return blocks.codes(qdata, params.type, params.scale, params.group), params.scale
+        return blocks.quantized(blocks.values(qdata, params.type), params.group)
 
 
 register_layout_class(LAYOUT, GGUFLayout)
 
 
-def saved(shape: tuple[int, int], nbytes: int, scale_nbytes: int, made) -> dict[str, Tensor]:
-    """Keys and tensors of an int8 layer. made: gives codes and scales. nbytes: what the layer holds now."""
-    return {"": Later(shape, torch.int8, nbytes, lambda: made()[0]),
-            "_scale": Later((shape[0], 1), torch.float32, scale_nbytes, lambda: made()[1])}
-
-
-def is_packed(weight) -> bool:
+def of_blocks(weight) -> bool:
     return isinstance(weight, QuantizedTensor) and weight._layout_cls == LAYOUT
 
 
-def fast_int8(device: torch.device | None = None) -> bool:
-    """Whether the GPU has int8 products and comfy_kitchen a kernel for them."""
-    device = device or comfy.model_management.get_torch_device()
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
-        return False
-    return any(told["available"] and not told["disabled"] and "int8_linear" in told["capabilities"]
-               for name, told in comfy_kitchen.list_backends().items() if name != "eager")
-
-
-def pack(found: Blocks, dtype: torch.dtype, compute: str = "auto") -> QuantizedTensor:
-    """A weight [N, K] that computes in `dtype` from its blocks. compute: "int8", "decode", or "auto": int8 where that is fast."""
-    if compute not in ("auto", "int8", "decode"):
-        raise ValueError(f"compute {compute!r} came; GGUF layers know auto, int8 and decode")
-    if compute == "auto":
-        compute = "int8" if fast_int8() else "decode"
+def pack(found: Blocks, dtype: torch.dtype, compute: str = "decode") -> QuantizedTensor:
+    """A weight [N, K] that computes in `dtype` from its blocks. compute: "int8" or "decode"."""
     (rows, columns), group = found.shape, blocks.rotation_group(found.shape[1])
     scale = torch.empty(0, dtype=torch.float32)
     if compute == "int8":
         scale = blocks.scales(found.bytes, found.type, group, comfy.model_management.get_torch_device())
     return QuantizedTensor(found.bytes, LAYOUT, GGUFLayout.Params(
         scale=scale, orig_dtype=dtype, orig_shape=(rows, columns), type=found.type, compute=compute, convrot=bool(group), convrot_groupsize=group or 256))
-
-
-def int8(weight: Tensor, group: int, seed: int | None = None) -> QuantizedTensor:
-    """A float weight as the host's int8 layer."""
-    return QuantizedTensor.from_float(weight, INT8, per_channel=True, convrot=bool(group), convrot_groupsize=group or 256, stochastic_rounding=seed or 0)
 
 
 # products --------------------------------------------------------------------------------------------------------------
@@ -124,7 +100,7 @@ def product(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
 @register_layout_op(torch.ops.aten.linear.default, GGUFLayout)
 def linear(first, args, kwargs):
     x, weight, bias = (*args, None)[:3]
-    if not is_packed(weight) or weight._params.transposed:
+    if not of_blocks(weight) or weight._params.transposed:
         return F.linear(*dequantize_args(args), **dequantize_args(kwargs))
     return product(x, weight, bias)
 
@@ -139,7 +115,7 @@ def transposed(first, args, kwargs):
 @register_layout_op(torch.ops.aten.mm.default, GGUFLayout)
 def mm(first, args, kwargs):
     x, weight = args
-    if is_packed(weight) and weight._params.transposed:
+    if of_blocks(weight) and weight._params.transposed:
         return product(x, weight, None)
     return torch.mm(*dequantize_args(args))
 
@@ -147,6 +123,6 @@ def mm(first, args, kwargs):
 @register_layout_op(torch.ops.aten.addmm.default, GGUFLayout)
 def addmm(first, args, kwargs):
     bias, x, weight = args
-    if is_packed(weight) and weight._params.transposed and not kwargs:
+    if of_blocks(weight) and weight._params.transposed and not kwargs:
         return product(x, weight, bias)
     return torch.addmm(*dequantize_args(args), **dequantize_args(kwargs))

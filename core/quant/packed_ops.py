@@ -14,14 +14,29 @@ import comfy.model_management
 import comfy.ops
 import comfy.weight_adapter
 import torch
-from comfy.quant_ops import QuantizedTensor
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor, get_layout_class
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import blocks
-from .packed import int8, is_packed, saved
+from .formats.fp8 import marker
+from .later import later
+from .packed import of_blocks
 
-INT8 = "int8_tensorwise"
+INT8, LAYOUT = "int8_tensorwise", "TensorWiseINT8Layout"
+WRONG = "'{key}' has the shape {came} in the file, and the model's is {wanted}"
+HOST = {algorithm["comfy_tensor_layout"] for algorithm in QUANT_ALGOS.values()}
+
+
+def is_packed(weight) -> bool:
+    """Whether a weight is in a layout that the host's operations do not know: GGUF's blocks, SVDQuant."""
+    return isinstance(weight, QuantizedTensor) and weight._layout_cls not in HOST
+
+
+def int8(weight: Tensor, seed: int | None = None) -> QuantizedTensor:
+    """A float weight as a layer of the host's int8 with rotation."""
+    group = blocks.rotation_group(weight.shape[1])
+    return QuantizedTensor.from_float(weight, LAYOUT, per_channel=True, convrot=bool(group), convrot_groupsize=group or 256, stochastic_rounding=seed or 0)
 
 
 class Holder:
@@ -58,24 +73,32 @@ class Holder:
             return False
         del state_dict[f"{prefix}weight"]
         if tuple(weight.shape) != shape:
-            errors.append(f"'{prefix}weight' has the shape {list(weight.shape)} in the file, and the model's is {list(shape)}")
+            errors.append(WRONG.format(key=f"{prefix}weight", came=list(weight.shape), wanted=list(shape)))
             return True
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.quant_format = INT8        # as which it is saved
+        self.stored_as = getattr(weight._params, "type", None) or weight._layout_cls
         return True
 
-    def patched_state_dict(self, sd: dict, prefix: str) -> dict:
-        """With patches that are put on at each call: what is saved has them in it."""
+    def saved(self, sd: dict, prefix: str) -> dict:
+        """The host's state dict of the layer, with a packed weight as the host's int8, and in it the patches that are put on at each call."""
         weight = getattr(self, "weight", None)
-        if is_packed(weight) and (patches := self.patches()):
-            def made() -> tuple[Tensor, Tensor]:
-                changed = weight.to(comfy.model_management.get_torch_device()).to(torch.float32).dequantize()
-                for patch in patches:
-                    changed = patch(changed)
-                return blocks.quantized(changed, weight._params.group)
+        if not is_packed(weight):
+            return sd
+        patches, layout, group = self.patches(), get_layout_class(weight._layout_cls), blocks.rotation_group(weight.shape[1])
 
-            sd.update({f"{prefix}weight{key}": value for key, value in saved(
-                tuple(weight.shape), weight._qdata.nbytes, weight._params.scale.nbytes, made).items()})
+        def made() -> tuple[Tensor, Tensor]:
+            if not patches and hasattr(layout, "int8"):
+                return layout.int8(weight._qdata, weight._params)
+            changed = weight.to(comfy.model_management.get_torch_device()).to(torch.float32).dequantize()
+            for patch in patches:
+                changed = patch(changed)
+            return blocks.quantized(changed, group)
+
+        scale = getattr(weight._params, "scale", None)
+        parts = later(tuple(weight.shape), weight._qdata.nbytes, 0 if scale is None else scale.nbytes, made)
+        sd.update({f"{prefix}weight{ending}": tensor for ending, tensor in parts.items()})
+        sd[f"{prefix}comfy_quant"] = marker(format=INT8, **({"convrot": True, "convrot_groupsize": group} if group else {}))
         return sd
 
     def convert_weight(self, weight, inplace=False, **given):
@@ -83,9 +106,12 @@ class Holder:
 
 
 @cache
-def packed_ops(compute_dtype: torch.dtype):
-    """The class to hand the host as custom operations. Weights that are not packed are as in its own, in the type of the file."""
-    base = comfy.ops.mixed_precision_ops({}, compute_dtype)
+def packed_ops(compute_dtype: torch.dtype, full_precision: bool = False):
+    """The class to hand the host as custom operations. Weights that are not packed are as in its own, in the type of the file.
+
+    full_precision: no products of quantized inputs, as the host has it for text encoders.
+    """
+    base = comfy.ops.mixed_precision_ops({}, compute_dtype, full_precision_mm=full_precision)
 
     class PackedOps(base):
         class Linear(Holder, base.Linear):
@@ -94,6 +120,9 @@ def packed_ops(compute_dtype: torch.dtype):
                 if not self.take_packed(state_dict, prefix, self._orig_shape, errors):
                     if weight is None or f"{prefix}comfy_quant" in state_dict or not weight.dtype.is_floating_point:
                         return super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+                    if tuple(weight.shape) != self._orig_shape:
+                        errors.append(WRONG.format(key=key, came=list(weight.shape), wanted=list(self._orig_shape)))
+                        return None
                     # The host would cast it to the type that it computes in; kept as it is, it is cast at each use, and loses nothing.
                     self.weight = torch.nn.Parameter(state_dict.pop(key).to(device=self.factory_kwargs["device"]), requires_grad=False)
                 torch.nn.Module._load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors)
@@ -101,7 +130,7 @@ def packed_ops(compute_dtype: torch.dtype):
                     missing.remove(key)
 
             def state_dict(self, *args, destination=None, prefix="", **given):
-                return self.patched_state_dict(super().state_dict(*args, destination=destination, prefix=prefix, **given), prefix)
+                return self.saved(super().state_dict(*args, destination=destination, prefix=prefix, **given), prefix)
 
             def forward(self, input, *args, **given):
                 patch = self.__dict__.get("patch")
@@ -126,7 +155,7 @@ def packed_ops(compute_dtype: torch.dtype):
                 if inplace_update:
                     raise ValueError("a LoRA on a schedule (hooks) came to a layer that is kept packed, and its weights cannot be changed in their place; "
                                      "load the LoRA for the whole run, or load the model with compute int8 or bf16 for all layers")
-                made = int8(weight, self.weight._params.group, seed).to(self.weight.dtype)
+                made = int8(weight, seed).to(self.weight.dtype)
                 if return_weight:
                     return made
                 self.weight = torch.nn.Parameter(made, requires_grad=False)
@@ -142,7 +171,7 @@ def packed_ops(compute_dtype: torch.dtype):
                     missing.remove(key)
 
             def state_dict(self, *args, destination=None, prefix="", **given):
-                return self.patched_state_dict(super().state_dict(*args, destination=destination, prefix=prefix, **given), prefix)
+                return self.saved(super().state_dict(*args, destination=destination, prefix=prefix, **given), prefix)
 
             def forward_comfy_cast_weights(self, input, out_dtype=None):
                 weight = self.weight
@@ -150,6 +179,8 @@ def packed_ops(compute_dtype: torch.dtype):
                     return super().forward_comfy_cast_weights(input, out_dtype=out_dtype)
                 if self.patches():
                     return comfy.ops.manual_cast.Embedding.forward_comfy_cast_weights(self, input, out_dtype=out_dtype)
+                if not of_blocks(weight):
+                    return F.embedding(input, weight.dequantize().to(input.device)).to(out_dtype or weight.dtype)
                 # The rows that are asked for, read where the table lies: it is large, and a prompt has a few hundred tokens.
                 rows = weight._qdata[input.reshape(-1).to(weight._qdata.device)].to(input.device)
                 return blocks.values(rows, weight._params.type, out_dtype or weight.dtype).reshape(*input.shape, -1)

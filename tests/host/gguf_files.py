@@ -131,7 +131,7 @@ def block(type: str) -> int:
 
 
 def write(path, tensors: dict, architecture: str = "flux", settings=()):
-    """tensors: name -> array, or (array, type of blocks). settings: calls on the writer, (method, *arguments)."""
+    """tensors: name -> array, or (array or its blocks as bytes, type of blocks). settings: calls on the writer, (method, *arguments)."""
     writer = gguf.GGUFWriter(path, architecture)
     for method, *given in settings:
         getattr(writer, method)(*given)
@@ -143,7 +143,7 @@ def write(path, tensors: dict, architecture: str = "flux", settings=()):
             writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(x, np.float32), gguf.GGMLQuantizationType.BF16),
                               raw_dtype=gguf.GGMLQuantizationType.BF16)
         else:
-            writer.add_tensor(name, encoded(x, type), raw_dtype=gguf.GGMLQuantizationType[type])
+            writer.add_tensor(name, x if x.dtype == np.uint8 else encoded(x, type), raw_dtype=gguf.GGMLQuantizationType[type])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from pack.core.quant import blocks, packed
 from pack.core.quant.files import Blocks
-from pack.core.quant.packed import is_packed, pack
-from pack.core.quant.packed_ops import packed_ops
+from pack.core.quant.packed import pack
+from pack.core.quant.packed_ops import is_packed, packed_ops
 
 N, K = 48, 512
 COMPUTE = ("int8", "decode")

@@ -5,10 +5,12 @@ from ..layer import Layer
 from ..packed import pack
 
 WEIGHT = ".weight"
+TRANSCODED = ("Q8_0",)      # as large as int8, so nothing is gained by keeping it
 
 
 class GGUF:
     name = "GGUF " + ", ".join(TYPES)
+    names = TYPES
     note = "Stays packed in memory, or is unpacked while it is loaded."
 
     def claim(self, file: WeightFile, left: dict):
@@ -19,6 +21,7 @@ class GGUF:
                 yield Layer(
                     name=key.removesuffix(WEIGHT), format=found.type, shape=found.shape, nbytes=found.bytes.nbytes,
                     unpack=lambda start, stop, found=found: values(found.bytes[start:stop], found.type),
-                    packed=lambda dtype, compute="auto", found=found: pack(found, dtype, compute))
+                    packed=lambda dtype, found=found: pack(found, dtype), packed_int8=lambda dtype, found=found: pack(found, dtype, "int8"),
+                    transcode=found.type in TRANSCODED)
             else:       # a bias, a norm, or a convolution laid flat: small
                 left[key] = values(found.bytes, found.type).reshape(found.shape)
