@@ -46,11 +46,13 @@ class Holder:
     def layout_type(self) -> str | None:
         """Of the weight that is there now: a baked LoRA changes it, and taking the LoRA off changes it back."""
         weight = getattr(self, "weight", None)
+        if weight is None:      # about to be loaded
+            return self.__dict__.get("told")
         return weight._layout_cls if isinstance(weight, QuantizedTensor) else None
 
     @layout_type.setter
     def layout_type(self, name: str | None) -> None:
-        pass        # the host tells it beside a weight, which says it itself
+        self.__dict__["told"] = name        # asked for until the weight is there, which says it itself
 
     @property
     def weight_lowvram_function(self):
@@ -95,8 +97,8 @@ class Holder:
                 changed = patch(changed)
             return blocks.quantized(changed, group)
 
-        scale = getattr(weight._params, "scale", None)
-        parts = later(tuple(weight.shape), weight._qdata.nbytes, 0 if scale is None else scale.nbytes, made)
+        more = sum(getattr(weight._params, name).nbytes for name in weight._params._tensor_fields())
+        parts = later(tuple(weight.shape), weight._qdata.nbytes, more, made)
         sd.update({f"{prefix}weight{ending}": tensor for ending, tensor in parts.items()})
         sd[f"{prefix}comfy_quant"] = marker(format=INT8, **({"convrot": True, "convrot_groupsize": group} if group else {}))
         return sd

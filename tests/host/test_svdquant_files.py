@@ -2,6 +2,7 @@
 
 The bar: int4 draws a picture at least 25 dB from that of full precision, and the branch is worth at least 2 dB where weights have outliers.
 """
+import json
 from pathlib import Path
 
 import comfy.lora
@@ -12,18 +13,22 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter.bypass import BypassInjectionManager
 from quantized import drawn, nearness, read
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from pack.core.quant import loader
 from pack.core.quant.files import BadFile, WeightFile, open_file
 from pack.core.quant.formats import layers_of
 from pack.core.quant.formats.svdquant import AWQ, INT4, NVFP4
 from pack.core.quant.loader import load, load_file
-from pack.core.quant.plan import Settings
-from pack.core.quant.save import save
+from pack.core.quant.plan import Settings, plan
+from pack.core.quant.save import TRANSCODED, save
+from pack.core.quant.svdquant.served import Served, served
 from testbed.arch import Z_IMAGE_DECOY
 
 FORMATS = {"int4": INT4, "nvfp4": NVFP4}
+real = loader.state_dict
 SPREAD = 16.0       # how far outliers stand out
 STRENGTH = 2.0      # of the LoRA, which changes the picture by far more than 4 bits do
 
@@ -71,13 +76,26 @@ def full(trained) -> dict[str, tuple]:
     made = {}
     with torch.inference_mode():
         for name, (sd, metadata) in trained.items():
-            model, most = comfy.sd.load_diffusion_model_state_dict(dict(sd), metadata=metadata), {}
-            for layer, module in model.model.diffusion_model.named_modules():
-                if isinstance(module, nn.Linear):
-                    module.register_forward_pre_hook(lambda module, args, layer=layer: most.update({
-                        layer: torch.maximum(most.get(layer, torch.zeros(())), args[0].float().abs().flatten(0, -2).amax(0))}))
+            model = comfy.sd.load_diffusion_model_state_dict(dict(sd), metadata=metadata)
+            most = watched(model.model.diffusion_model)
             made[name] = drawn(name, model, 1), most
     return made
+
+
+def watched(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Fills with the largest of each input that a linear layer gets."""
+    most = {}
+
+    def watch(layer: str, module: nn.Module) -> None:
+        def see(_, args):
+            now = args[0].float().abs().flatten(0, -2).amax(0)
+            most[layer] = torch.maximum(most[layer], now) if layer in most else now
+        module.register_forward_pre_hook(see)
+
+    for layer, module in network.named_modules():
+        if isinstance(module, nn.Linear):
+            watch(layer, module)
+    return most
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +192,8 @@ def test_refiners_of_z_image_that_are_not_quantized_are_put_together(written, tr
 @pytest.mark.parametrize(("name", "kind", "least"), [("flux", "int4", 25), ("z_image", "int4", 25), ("flux", "nvfp4", 28), ("z_image", "nvfp4", 28)])
 def test_a_packed_file_draws_the_picture_of_full_precision(name, kind, least, written, full, tmp_path):
     model, told = loaded(name, written(name, kind=kind), tmp_path)
-    assert set(told.formats.values()) >= {FORMATS[kind]} and len(packed(model)) == len([layer for layer in told.formats.values() if layer in (INT4, NVFP4, AWQ)])
+    assert FORMATS[kind] in told.formats.values()
+    assert packed(model).keys() == {layer for layer, form in told.formats.items() if form in (INT4, NVFP4, AWQ)}
     assert nearness(drawn(name, model, 1), full[name][0]) >= least
 
 
@@ -195,7 +214,9 @@ def test_a_file_turned_into_int8_draws_the_picture(name, written, full, tmp_path
 def test_it_is_saved_as_int8_that_the_stock_loader_opens(compute, written, full, tmp_path):
     model, _ = loaded("flux", written("flux", kind="int4"), tmp_path, compute)
     again = comfy.sd.load_diffusion_model(str(saved(model, tmp_path)))
-    assert not packed(again) and (packed(model) or compute == "int8")
+    assert not packed(again) and len(packed(model)) > (10 if compute == "host" else 0)      # modulation stays packed
+    with safe_open(tmp_path / "saved.safetensors", "pt") as file:
+        assert "quantization_config" not in file.metadata() and set(json.loads(file.metadata()[TRANSCODED]).values()) <= {INT4, AWQ}
     assert nearness(drawn("flux", again, 1), full["flux"][0]) >= 25
 
 
@@ -235,6 +256,34 @@ def test_a_lora_acts_on_a_packed_model_as_on_one_of_the_same_weights(how, writte
     without, found = nearness(plain, wanted), nearness(got, wanted)
     assert found >= 25 and found >= without + 6, (without, found)
     assert torch.equal(drawn("flux", model, 1)[0], plain[0]), "the model without the LoRA is as it was"
+
+
+# devices -------------------------------------------------------------------------------------------------------------------------
+def test_a_device_that_only_emulates_is_told_before_anything_is_packed(written, tmp_path, monkeypatch, caplog):
+    told = []
+    monkeypatch.setattr(loader, "state_dict", lambda *args: told.append(caplog.text) or real(*args))
+    _, done = loaded("flux", written("flux", kind="int4"), tmp_path)
+    sentence = served(torch.device("cpu"), "int4").sentence
+    assert sentence and sentence in told[0] and done.warnings == (sentence,) and sentence in done.line()
+    assert not loaded("flux", written("flux", kind="int4"), tmp_path, compute="int8")[1].warnings
+
+
+def test_a_device_that_cannot_is_told_in_a_sentence_and_nothing_is_packed(written, tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "served", lambda device, kind: Served("not at all", "Card 1 is too old; choose compute int8"))
+    monkeypatch.setattr(loader, "state_dict", lambda *args: pytest.fail("it was loaded"))
+    with pytest.raises(BadFile, match="'svdq.safetensors': Card 1 is too old; choose compute int8"):
+        loaded("flux", written("flux", kind="int4"), tmp_path)
+
+
+@pytest.mark.parametrize(("how", "target"), [("native", "packed"), ("emulated", "int8")])
+def test_left_to_itself_a_file_stays_packed_where_that_is_fast_and_becomes_int8_elsewhere(how, target, written, monkeypatch):
+    monkeypatch.setattr(loader, "served", lambda device, kind: Served(how, "" if how == "native" else "slow"))
+    monkeypatch.setattr(loader.comfy.model_management, "supports_nvfp4_compute", lambda device=None: False)
+    monkeypatch.setattr(loader.comfy.model_management, "supports_mxfp8_compute", lambda device=None: False)
+    _, native = loader.abilities(torch.device("cuda", 0))
+    layers, _ = layers_of(at_hand(written("z_image", kind="int4")))
+    targets = plan(layers, frozenset(layers), "lumina2", Settings(), True, native)
+    assert {targets[name] for name, layer in layers.items() if layer.format == INT4} == {target}
 
 
 # files that are not what they say ------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from ..svdquant.weight import Segment, Weight
 
 INT4, NVFP4, AWQ = "SVDQuant int4", "SVDQuant nvfp4", "AWQ int4"
 FORMAT = {"int4": INT4, "nvfp4": NVFP4}
+KIND = {INT4: "int4", NVFP4: "nvfp4"}       # as svdquant.served asks for it
 KNOWN = "FLUX.1 and Z-Image"
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from ..files import WeightFile, json_of
 
+SAID = ("quantization_config", "model_class", "comfy_config")       # no longer true of a file that was turned into another format
+
 
 @dataclass(frozen=True)
 class Header:
