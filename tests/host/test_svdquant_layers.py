@@ -78,14 +78,16 @@ def test_every_number_is_found_where_the_packer_put_it(n, k):
         down, up = drawn(rank, k), drawn(n, rank)
         assert torch.equal(tiles.down(nunchaku.pack_branch(down, down=True)), down.t())
         assert torch.equal(tiles.up(nunchaku.pack_branch(up, down=False)), up)
-    assert torch.equal(tiles.awq_codes(nunchaku.pack_awq(codes)).long(), codes)
+    assert torch.equal(tiles.codes(tiles.awq_rows(nunchaku.pack_awq(codes), torch.arange(n))).long(), codes)
+    assert torch.equal(tiles.int4(tiles.weights(nunchaku.pack_weight(codes))).long() & 15, codes)
+    assert torch.equal(tiles.e2m1(tiles.weights(nunchaku.pack_weight(codes))), nunchaku.E2M1[codes])
 
 
 def test_some_tiles_of_a_weight_are_those_of_the_whole():
     packed = nunchaku.pack_weight(whole(2, 512, 128))
     assert torch.equal(tiles.weights(packed, 1, 3), tiles.weights(packed)[128:384])
-    words = nunchaku.pack_awq(whole(3, 64, 128))
-    assert torch.equal(tiles.awq_codes(words, 3, 9), tiles.awq_codes(words)[12:36])
+    words, some = nunchaku.pack_awq(whole(3, 64, 128)), torch.tensor([5, 63, 0, 17])
+    assert torch.equal(tiles.awq_rows(words, some), tiles.awq_rows(words, torch.arange(64))[some])
 
 
 def test_a_weight_that_lies_at_an_odd_place_in_the_file_is_read():

@@ -15,6 +15,7 @@ from comfy_kitchen.tensor import TensorCoreAWQW4A16Layout
 from torch import Tensor
 
 from ..files import WeightFile
+from ..layer import CHUNK
 from . import tiles
 from .header import Header
 from .stored import HALF, Parts
@@ -60,29 +61,21 @@ class Modulation:
         channels = self.shape[0] // self.splits
         return row % channels * self.splits + row // channels
 
-    def codes(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """(uint8 [rows, K], the rows of the file that they are)."""
-        at = self.stored_rows(start, stop)
-        first, last = int(at.min()) // 4, int(at.max()) // 4 + 1
-        return tiles.awq_codes(self.weight, first, last)[at - first * 4], at
-
     def rows(self, start: int, stop: int) -> Tensor:
         """fp32 [stop - start, K]."""
-        codes, at = self.codes(start, stop)
+        at = self.stored_rows(start, stop)
         scale, zero = (tensor[:, at].t().float().unsqueeze(-1) for tensor in (self.scale, self.zero))
-        return (codes.view(len(at), -1, tiles.GROUP).float() * scale + zero).view(len(at), -1)
+        numbers = tiles.codes(tiles.awq_rows(self.weight, at)).float().view(len(at), -1, tiles.GROUP)
+        return numbers.mul_(scale).add_(zero).view(len(at), -1)
 
     def packed(self, dtype: torch.dtype) -> QuantizedTensor:
         """For comfy_kitchen's product, whose zero is that of q - 8."""
-        pieces, step = [], max(1, self.shape[0] // self.splits)
-        for start in range(0, self.shape[0], step):
-            codes, _ = self.codes(start, start + step)
-            pieces.append(codes[:, 0::2] | codes[:, 1::2] << 4)
         at = self.stored_rows(0, self.shape[0])
+        codes = torch.cat([tiles.awq_rows(self.weight, some) for some in at.split(max(1, CHUNK // self.shape[1]))])
         scale, zero = self.scale[:, at], (self.zero.float() + 8 * self.scale.float())[:, at]
         params = ModulationLayout.Params(
             scale=scale.to(dtype).contiguous(), zeros=zero.to(dtype).contiguous(), orig_dtype=dtype, orig_shape=self.shape, group_size=tiles.GROUP)
-        return QuantizedTensor(torch.cat(pieces).view(torch.int8), LAYOUT, params)
+        return QuantizedTensor(codes.view(torch.int8), LAYOUT, params)
 
 
 def take(file: WeightFile, head: Header, left: dict, name: str, splits: int) -> Modulation:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import tiles
-from .stored import E2M1, HALF, INT4, residual
+from .stored import HALF, residual
 
 INT4_LAYOUT, NVFP4_LAYOUT = "RepriseSVDQuantInt4Layout", "RepriseSVDQuantNVFP4Layout"
 KITCHEN_INT4, HOST_NVFP4 = "TensorCoreSVDQuantW4A4Layout", "TensorCoreNVFP4Layout"
@@ -103,12 +103,11 @@ def views(qdata: Tensor, params: Params, group: int) -> list[View]:
 
 
 class SVDQuantLayout(QuantizedLayout):
-    """What both kinds share. Each has `product`, one piece's x W^T + bias; `codes`, and `by_row`, its scales, in natural order."""
+    """What both kinds share. Each has `product`, one piece's x W^T + bias; and `numbers` and `by_row`, its codes and scales in natural order."""
 
     QUANTIZES_INPUT = False
     Params: type[Params]
     group: int
-    values: Tensor
 
     @classmethod
     def quantize(cls, tensor, **options):
@@ -132,7 +131,7 @@ class SVDQuantLayout(QuantizedLayout):
             scale, down = cls.by_row(view), view.down.float().t()
             for start in range(0, n, ROWS):
                 rows = slice(start, min(start + ROWS, n))
-                dense = residual(cls.codes(view.codes[rows]), scale[rows], view.smooth, cls.values) * view.piece.tensor_scale
+                dense = residual(cls.numbers(view.codes[rows].view(torch.uint8)), scale[rows], view.smooth).mul_(view.piece.tensor_scale)
                 if view.row_scale.numel():
                     dense *= view.row_scale[rows, None].float()
                 weight[row + rows.start:row + rows.stop, column:column + k] = torch.addmm(dense, view.up[rows].float(), down)
@@ -169,11 +168,11 @@ class SVDQuantInt4Layout(SVDQuantLayout):
         type = "SVDQuant int4"
 
     MIN_SM_VERSION = (8, 0)
-    group, values = tiles.GROUP, INT4
+    group = tiles.GROUP
 
     @staticmethod
-    def codes(stored: Tensor) -> Tensor:
-        return tiles.codes(stored.view(torch.uint8))
+    def numbers(codes: Tensor) -> Tensor:
+        return tiles.int4(codes)
 
     @staticmethod
     def by_row(view: View) -> Tensor:
@@ -194,11 +193,11 @@ class SVDQuantNVFP4Layout(SVDQuantLayout):
         type = "SVDQuant nvfp4"
 
     MIN_SM_VERSION = (10, 0)
-    group, values = tiles.MICRO, E2M1
+    group = tiles.MICRO
 
     @staticmethod
-    def codes(stored: Tensor) -> Tensor:
-        return tiles.codes(turned(stored.view(torch.uint8)))
+    def numbers(codes: Tensor) -> Tensor:
+        return tiles.e2m1(turned(codes))
 
     @staticmethod
     def by_row(view: View) -> Tensor:

@@ -19,16 +19,15 @@ from .header import Header
 
 SHIFT = 0.171875        # above what GELU gives at its lowest: with it, what enters the layer after is positive and has 15 steps, not 7
 HALF = (torch.bfloat16, torch.float16)
-E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
-INT4 = torch.tensor([float(code if code < 8 else code - 16) for code in range(16)])
+NUMBERS = {"int4": tiles.int4, "nvfp4": tiles.e2m1}
 SPELLINGS = {"smooth": ("smooth", "smooth_factor"), "down": ("lora_down", "proj_down"), "up": ("lora_up", "proj_up")}
 
 
-def residual(codes: Tensor, scale: Tensor, smooth: Tensor, values: Tensor) -> Tensor:
-    """R / s in fp32. codes [n, K]; scale [n, K / group]; smooth [K]; values: what the 16 codes stand for."""
-    rows, columns = codes.shape
-    grouped = values.to(codes.device)[codes.int()].view(rows, scale.shape[1], -1) * scale.float().unsqueeze(-1)
-    return grouped.view(rows, columns) / smooth.float()
+def residual(numbers: Tensor, scale: Tensor, smooth: Tensor) -> Tensor:
+    """R / s in fp32, in the place of `numbers`: what the codes stand for, [n, K]. scale [n, K / group]; smooth [K]."""
+    rows, columns = numbers.shape
+    numbers.view(rows, scale.shape[1], -1).mul_(scale.float().unsqueeze(-1))
+    return numbers.div_(smooth.float())
 
 
 @dataclass(frozen=True)
@@ -64,12 +63,11 @@ class Stored:
     def residual(self, start: int, stop: int) -> Tensor:
         """R / s of some rows, fp32 [stop - start, K]."""
         first, last = start // tiles.TILE, -(-stop // tiles.TILE)
-        codes = tiles.codes(tiles.weights(self.weight, first, last))
-        rows = residual(codes, self.scales(first, last), self.smooth, INT4 if self.kind == "int4" else E2M1)
+        rows = residual(NUMBERS[self.kind](tiles.weights(self.weight, first, last)), self.scales(first, last), self.smooth)
         rows = rows[start - first * tiles.TILE:stop - first * tiles.TILE]
         if self.row_scale is not None:
-            rows = rows * self.row_scale[start:stop, None].float()
-        return rows * self.tensor_scale
+            rows = rows.mul_(self.row_scale[start:stop, None].float())
+        return rows if self.tensor_scale == 1 else rows.mul_(self.tensor_scale)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """The weight that the layer computes with before its activations are quantized, fp32 [stop - start, K]."""

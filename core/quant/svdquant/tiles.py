@@ -24,6 +24,8 @@ TILE = 128      # rows of a tile
 GROUP = 64      # columns of a tile, and of an int4 scale
 MICRO = 16      # columns of an nvfp4 scale
 RANKS = 16      # ranks come in tiles of so many
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+E2M1_PAIRS = torch.stack([E2M1.repeat(16), E2M1.repeat_interleave(16)], 1)
 
 
 def weights(packed: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
@@ -40,6 +42,16 @@ def weights(packed: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
 def codes(natural: Tensor) -> Tensor:
     """The codes of uint8 [rows, K / 2], as uint8 [rows, K] of 0 to 15."""
     return torch.stack([natural & 15, natural >> 4], -1).flatten(-2)
+
+
+def int4(natural: Tensor) -> Tensor:
+    """The same as numbers from -8 to 7, fp32."""
+    return ((codes(natural) ^ 8).view(torch.int8) - 8).float()
+
+
+def e2m1(natural: Tensor) -> Tensor:
+    """The same as numbers of a sign, two exponent bits and one of mantissa, fp32. Two at once, from a table of all bytes."""
+    return E2M1_PAIRS.to(natural.device).index_select(0, natural.reshape(-1).int()).view(natural.shape[0], -1)
 
 
 def scales(stored: Tensor) -> Tensor:
@@ -67,10 +79,11 @@ def up(stored: Tensor) -> Tensor:
     return stored.reshape(n // 16, rank // 16, 8, 4, 2, 2, 2).permute(0, 4, 2, 1, 5, 3, 6).reshape(n, rank)
 
 
-def awq_codes(packed: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-    """Of int32 [N / 4, K / 2] the fours of rows `start` to `stop`, as uint8 [rows, K] of 0 to 15."""
+def awq_rows(packed: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of int32 [N / 4, K / 2], as uint8 [len(rows), K / 2]: column 2 j in the low bits of byte j."""
     columns = packed.shape[1] * 2
-    words = packed[start:stop].contiguous().view(torch.int16).reshape(-1, columns // GROUP, 4, 2, 8)
-    words = words.permute(0, 2, 1, 3, 4).reshape(-1, columns // 32, 1, 8)
-    shifts = torch.tensor([0, 4, 8, 12], dtype=torch.int16).view(1, 1, 4, 1)
-    return ((words >> shifts) & 15).to(torch.uint8).reshape(-1, columns)
+    fours = packed.contiguous().view(torch.int16).view(-1, columns // GROUP, 4, GROUP // 4)
+    words = fours[rows // 4, :, rows % 4].view(-1, columns // 32, 4, 2)
+    even, odd = words[..., 0], words[..., 1]
+    pairs = [(even >> shift & 15 | (odd >> shift & 15) << 4).to(torch.uint8) for shift in (0, 4, 8, 12)]
+    return torch.stack(pairs, 2).view(-1, columns // 2)
