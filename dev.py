@@ -5,7 +5,7 @@
     python3 dev.py test [pytest arguments]   ruff, then every tier of tests
     python3 dev.py serve [--port N]          leave ComfyUI up with Reprise and the demo models
     python3 dev.py bench NAME [arguments]    one benchmark, for example: bench step-cache --first
-    python3 dev.py train KIND [arguments]    train a test model: flux, zimage or taesd
+    python3 dev.py train KIND [arguments]    train a test model: flux, zimage, taesd or easycontrol
 
 The first call builds a private environment with ComfyUI in your cache folder; the later ones find it there.
 

@@ -18,6 +18,7 @@ from .process import Failure, read, stage, started
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKS = {"reprise": ROOT, "reprise_testbed": ROOT / "testbed"}
+MODEL_FOLDERS = {"taef": "vae", "easycontrol": "loras"}     # by how the file's name begins; the others are diffusion models
 START_SECONDS = 120
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has no business on the loopback
 
@@ -93,12 +94,13 @@ def base_directory():
     """ComfyUI's own kind of folder, in a temporary place: links to this clone instead of copies in a shared ComfyUI."""
     base = Path(tempfile.mkdtemp(prefix="reprise-"))
     try:
-        for folder in ("custom_nodes", "models/diffusion_models", "models/vae", "input", "output", "user"):
+        for folder in ("custom_nodes", "models/diffusion_models", "models/vae", "models/loras", "input", "output", "user"):
             (base / folder).mkdir(parents=True)
         for name, source in PACKS.items():
             link(base / "custom_nodes" / name, source)
         for model in sorted((ROOT / "testbed" / "models").glob("*.safetensors")):
-            link(base / "models" / ("vae" if model.name.startswith("taef") else "diffusion_models") / model.name, model)
+            folder = next((folder for begin, folder in MODEL_FOLDERS.items() if model.name.startswith(begin)), "diffusion_models")
+            link(base / "models" / folder / model.name, model)
         yield base
     finally:
         shutil.rmtree(base, ignore_errors=True)

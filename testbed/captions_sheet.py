@@ -17,7 +17,7 @@ from PIL import Image
 from .captions import DEMO
 from .client import Server, ServerError
 from .picture import captioned, column, framed, row
-from .workflow import WorkflowError, is_trained, model_of, nodes_of, read_workflow, without_reprise
+from .workflow import STEP_CACHE, WorkflowError, is_trained, model_of, nodes_of, read_workflow, system_of, without_reprise
 
 WORKFLOWS = Path(__file__).resolve().parent.parent / "workflows"
 COLUMNS = 8
@@ -51,12 +51,12 @@ def places(pictures: dict, shuffle: int | None) -> list[tuple[str, str]]:
 
 
 def drawn(server: Server, workflows: Path) -> dict[str, dict[str, Image.Image]]:
-    """{model file: {caption: picture}}; the first workflow that loads a trained model speaks for it."""
+    """{model file: {caption: picture}}; the first workflow with Step Cache that loads a trained model speaks for it."""
     sheet, object_info = {}, server.get("/object_info")
     for file in sorted(workflows.glob("*.json")):
         prompt = read_workflow(file, object_info)
         model = model_of(prompt)
-        if is_trained(model) and model not in sheet:
+        if is_trained(prompt) and system_of(prompt) == STEP_CACHE and model not in sheet:
             print(f"{model}: {len(DEMO)} captions", flush=True)
             sheet[model] = {caption: server.run(prompted(without_reprise(prompt), caption)).images[0] for caption in DEMO}
     return sheet

@@ -11,7 +11,9 @@ from io import BytesIO
 import aiohttp
 from PIL import Image
 
-SAMPLERS = ("KSampler", "SamplerCustom")
+from .workflow import SAMPLERS
+
+TEXT = 3        # kind of a binary message: a line for a node
 SILENCE = 300  # seconds without a word from the server, after which a run is given up
 
 
@@ -25,6 +27,7 @@ class Outcome:
 
     images: list[Image.Image] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)  # what nodes show as text, by node
+    lines: dict[str, str] = field(default_factory=dict)  # the last line that a node had under it, by node
     reports: list[dict] = field(default_factory=list)  # one record for each sampling run that Reprise saw
     sampling: float = 0.0  # seconds that sampler nodes were executing
 
@@ -67,7 +70,8 @@ class Server:
         images, sampling_since = [], None
         while True:
             message = await socket.receive(timeout=SILENCE)
-            if message.type is aiohttp.WSMsgType.BINARY:  # a preview or a progress text
+            if message.type is aiohttp.WSMsgType.BINARY:  # a preview, or a line for a node
+                outcome.lines |= line_of(message.data)
                 continue
             if message.type is not aiohttp.WSMsgType.TEXT:
                 raise ServerError(f"the server at {self.url} ended while it ran the prompt")
@@ -103,6 +107,12 @@ class Server:
             raise ServerError(f"no word from the server at {self.url} in {SILENCE} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise ServerError(f"no server answers at {self.url}; start one with 'python3 dev.py serve'") from error
+
+
+def line_of(message: bytes) -> dict[str, str]:
+    """{node: line} of a binary message, empty where it is of another kind. Four bytes tell the kind, four more how long the node's id is."""
+    kind, length = (int.from_bytes(message[at:at + 4], "big") for at in (0, 4))
+    return {message[8:8 + length].decode("utf-8"): message[8 + length:].decode("utf-8")} if kind == TEXT else {}
 
 
 def afresh(prompt: dict) -> dict:

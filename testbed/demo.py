@@ -2,11 +2,11 @@
 
     python -m testbed.demo --server http://127.0.0.1:8188 --out demo-output --workflows workflows
 
-Each graph runs twice; the first run warms up, the second is timed and must give the same picture. `seconds` in
-report.json is how long the sampler node was executing. `psnr_db` and `ssim` compare the two pictures in 8-bit RGB;
-`psnr_db` is null, and `identical` true, when no pixel differs. They are measured as the node Compare Runs does it, of a
-video over all its frames. Where `trained` is false the model has random weights: its pictures mean nothing, and only the
-comparison with and without Reprise counts.
+What is compared with what is told in compared.py and, as `baseline`, in every row of report.json. Graphs run twice; the
+first run warms up, the second is timed and must give the same picture. `seconds` is how long the sampler node was
+executing. `psnr_db` and `ssim` compare the two pictures in 8-bit RGB; `psnr_db` is null, and `identical` true, when no
+pixel differs. They are measured as the node Compare Runs does it, of a video over all its frames. Where `trained` is false
+something in the graph has random weights: its pictures mean nothing, and only the comparison counts.
 """
 import argparse
 import json
@@ -14,15 +14,14 @@ import re
 import sys
 from pathlib import Path
 
-import torch
 from PIL import Image
 
-from .client import Outcome, Server, ServerError
-from .picture import SHOWN, column, difference, enlarged, framed, image_of, psnr, side_by_side, ssim, tensor_of
-from .workflow import OURS, WorkflowError, is_trained, model_of, nodes_of, read_workflow, without_reprise
+from .client import Server, ServerError
+from .compared import compare, middle, quality
+from .picture import SHOWN, column, enlarged, framed
+from .workflow import WorkflowError, read_workflow
 
 ROOT = Path(__file__).resolve().parent.parent
-GAIN = 32
 FRAME_MS = 62   # of a video's pictures; Wan makes 16 a second
 
 
@@ -51,17 +50,17 @@ def demo(server: Server, folder: Path, out: Path, only: str, thumbnails: bool):
     rows, sheets, faults = [], [], []
     for file in files:
         try:
-            measured, without, cached = compare(server, file, object_info)
+            measured, sheet, without, cached = compare(server, file.stem, read_workflow(file, object_info))
         except WorkflowError as error:      # the other files still run
             faults.append(str(error))
             continue
         rows.append({**measured, **machine})
-        sheets.append(strip(measured, without, cached))
+        sheets.append(sheet)
         save(without, out / f"{file.stem} - without.png")
         save(cached, out / f"{file.stem} - with.png")
         framed(sheets[-1]).save(out / f"{file.stem} - side by side.png")
         if thumbnails and measured["trained"]:
-            enlarged(cached[shown(cached)], SHOWN).save(file.with_suffix(".jpg"), quality=90)
+            enlarged(cached[middle(cached)], SHOWN).save(file.with_suffix(".jpg"), quality=90)
     (out / "report.json").write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if rows:
         framed(column(sheets)).save(out / "contact-sheet.png")
@@ -77,80 +76,18 @@ def describe(server: Server) -> dict:
     return {"reprise_version": version[1], "host_version": stats["system"]["comfyui_version"], "device": stats["devices"][0]["name"]}
 
 
-def compare(server: Server, file: Path, object_info: dict) -> tuple[dict, list[Image.Image], list[Image.Image]]:
-    """Runs one workflow both ways; returns its row of the report and the pictures without and with Reprise, of a video its frames."""
-    prompt = read_workflow(file, object_info)
-    print(f"{file.stem}: without Reprise", flush=True)
-    without = timed(server, without_reprise(prompt))
-    print(f"{file.stem}: with Reprise", flush=True)
-    cached = timed(server, prompt)
-    if len(cached.reports) != 1:
-        raise WorkflowError(f"'{file.name}' has {len(nodes_of(prompt, OURS))} node(s) of Reprise and sent {len(cached.reports)} reports; "
-                            "the demo wants one sampling run with Step Cache enabled and not bypassed")
-    report = cached.reports[0]
-    if report["state"] != "ran":
-        raise WorkflowError(f"Reprise stayed off in '{file.name}': {report['reason']}")
-    full, fewer = (torch.cat([tensor_of(image) for image in outcome.images]) for outcome in (without, cached))
-    identical, similarity, model = full.equal(fewer), ssim(full, fewer), model_of(prompt)
-    return {
-        "workflow": file.stem,
-        "model": model,
-        "trained": is_trained(model),
-        "steps": report["steps"],
-        "evaluations": round(report["evaluations"], 3),
-        "baseline_evaluations": report["baseline_evaluations"],
-        "computed_steps": report["computed_steps"],
-        "skipped_steps": report["skipped_steps"],
-        "seconds": round(cached.sampling, 3),
-        "baseline_seconds": round(without.sampling, 3),
-        "psnr_db": None if identical else round(psnr(full, fewer), 2),
-        "ssim": None if similarity is None else round(similarity, 5),
-        "identical": identical,
-        "settings": report["settings"],
-    }, without.images, cached.images
-
-
-def timed(server: Server, prompt: dict) -> Outcome:
-    """The second of two runs, which must give the picture of the first."""
-    first, second = server.run(prompt), server.run(prompt)
-    if not second.images:
-        raise ServerError("the graph ended without a picture; has it a Save Image node?")
-    if [image.tobytes() for image in first.images] != [image.tobytes() for image in second.images]:
-        raise ServerError("the same graph gave two different pictures")
-    return second
-
-
-def shown(frames: list[Image.Image]) -> int:
-    """The place of the picture that stands for them all: the middle one."""
-    return len(frames) // 2
-
-
 def save(frames: list[Image.Image], path: Path):
     """A PNG; of several frames an animated one."""
     first, *more = frames
     first.save(path, save_all=bool(more), append_images=more, duration=FRAME_MS)
 
 
-def strip(measured: dict, without: list[Image.Image], cached: list[Image.Image]) -> Image.Image:
-    quality = "identical" if measured["identical"] else f"{measured['psnr_db']:.1f} dB"
-    place = shown(without)
-    frame = f", frame {place + 1} of {len(without)}" if len(without) > 1 else ""
-    seeded = "" if measured["trained"] else "\nrandom weights: only the comparison counts"
-    apart = image_of(difference(tensor_of(without[place]), tensor_of(cached[place]), GAIN))
-    return side_by_side(without[place], cached[place], apart, (
-        f"{measured['workflow']}: without\n"
-        f"{measured['steps']} steps, {measured['baseline_evaluations']:g} evaluations, {measured['baseline_seconds']:.2f} s",
-        f"with Reprise: {quality}\n{measured['steps']} steps, {measured['evaluations']:.2f} evaluations, {measured['seconds']:.2f} s",
-        f"difference x {GAIN}{frame}\n{measured['model']}{seeded}"))
-
-
 def print_table(rows: list[dict]):
-    print(f"\n{'workflow':<32}{'steps':>6}{'evaluations':>16}{'seconds':>18}{'PSNR':>12}")
+    print(f"\n{'workflow':<43}{'steps':>5}{'evaluations':>14}{'seconds':>15}{'PSNR':>11}  against")
     for r in rows:
-        evaluations = f"{r['baseline_evaluations']:g} -> {r['evaluations']:.2f}"
+        evaluations = "" if r["evaluations"] is None else f"{r['baseline_evaluations']:g} -> {r['evaluations']:.2f}"
         seconds = f"{r['baseline_seconds']:.2f} -> {r['seconds']:.2f}"
-        quality = "identical" if r["identical"] else f"{r['psnr_db']:.1f} dB"
-        print(f"{r['workflow']:<32}{r['steps']:>6}{evaluations:>16}{seconds:>18}{quality:>12}")
+        print(f"{r['workflow']:<43}{r['steps']:>5}{evaluations:>14}{seconds:>15}{quality(r):>11}  {r['baseline']}")
     if seeded := [r["workflow"] for r in rows if not r["trained"]]:
         print(f"\nrandom weights: {', '.join(seeded)}; these pictures mean nothing, only the comparison counts")
     print()

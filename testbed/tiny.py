@@ -107,6 +107,7 @@ KINDS = {
     "flux": Kind(flux, {}, channels=16, text=16, pooled=16),
     "flux_13m": Kind(flux, {"hidden": 256, "depth": 3, "depth_single": 6, "text": 64, "pooled": 64}, channels=16, text=64, pooled=64),
     "flux2": Kind(flux2, {}, channels=128, text=16),
+    "flux2_words": Kind(flux2, {"hidden": 128, "depth": 1, "depth_single": 2, "text": WIDTH}, channels=128, text=WIDTH),    # reads the fixture text encoder
     "z_image": Kind(z_image, Z_IMAGE, channels=16, text=16, metadata=lambda config: {"config": json.dumps({"transformer": config})}),
     "wan": Kind(wan, {}, channels=16, text=16, frames=1, metadata=text_width),
     "wan_words": Kind(wan, {"text": WIDTH}, channels=16, text=WIDTH, frames=1, metadata=text_width),     # reads the fixture text encoder

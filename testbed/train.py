@@ -1,14 +1,16 @@
-"""Train the test bed's models: flow matching for FLUX and Z-Image, distillation for the TAESD.
+"""Train the test bed's models: flow matching for FLUX, Z-Image and FLUX's EasyControl adapter, distillation for the TAESD.
 
     python3 -m testbed.train flux   --emoji DIR --out testbed/models/flux_tiny.safetensors
     python3 -m testbed.train zimage --emoji DIR --out testbed/models/z_image_tiny.safetensors
     python3 -m testbed.train taesd  --emoji DIR --out testbed/models/taef1_tiny.safetensors
+    python3 -m testbed.train easycontrol --emoji DIR --out testbed/models/easycontrol_tiny.safetensors
     python3 -m testbed.train zimage-drawn     --out testbed/models/tiny_z_image_trained128.safetensors
 
-DIR holds the two npm archives that data.py names; zimage-drawn sees procedural pictures alone, new ones at every step.
+DIR holds the two npm archives that data.py names; zimage-drawn sees procedural pictures alone, new ones at every step,
+and easycontrol is trained on top of flux_tiny.safetensors, which it leaves as it is.
 Every step draws its data from a generator seeded with the step's number, so a run is the same whether or not it was
 stopped and resumed (`--state`). The learning rate warms up, stays, and decays at the end (PLANS). CPU or GPU; on one
-CPU core about 38, 25, 16 and 30 minutes.
+CPU core about 38, 25, 16, 14 and 30 minutes.
 """
 import argparse
 import json
@@ -19,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 
-from . import arch, procedural
+from . import arch, easycontrol, procedural
 from .data import Drawn, Emoji, Mixture
 from .nodes.patch_vae import PatchVAE
 from .nodes.text import encode
@@ -61,6 +63,7 @@ PLANS = {
     "flux": Plan(((7000, 64), (4500, 128)), batch=24, rate=1.2e-3, decay=1800),
     "zimage": Plan(((6000, 64), (4000, 128)), batch=24, rate=1.2e-3, decay=1700),
     "zimage-drawn": Plan(((7000, 64), (5000, 128)), batch=24, rate=1.2e-3, decay=2000),
+    "easycontrol": Plan(((900, 64), (550, 128)), batch=16, rate=2e-3, decay=500, warmup=50, average=0.99),
     "taesd": Plan(((3000, 64),), batch=8, rate=1e-3, decay=1500, warmup=50, average=0.998),
 }
 
@@ -127,8 +130,15 @@ class Distiller:
         return 20 * wrong.square().mean() + 3 * wrong.abs().mean() + 3 * edges + (latent.float() - z).square().mean()
 
 
+BASE = Path(__file__).with_name("models") / "flux_tiny.safetensors"     # of the EasyControl adapter
+
+
 def build(kind: str) -> torch.nn.Module:
     torch.manual_seed(0)
+    if kind == "easycontrol":
+        base = arch.Flux()
+        base.load_state_dict({name: tensor.float() for name, tensor in load_file(BASE).items()})
+        return easycontrol.EasyControl(base)
     if kind == "taesd":
         from .taesd import TAESD, init_
 
@@ -140,6 +150,8 @@ def checkpoint(net: torch.nn.Module, weights: dict[str, Tensor], path: Path) -> 
     """fp16 safetensors that the stock loaders open; Z-Image carries its own configuration."""
     tensors = {name: tensor.detach().to("cpu", torch.float16).contiguous() for name, tensor in weights.items()}
     metadata = {"format": "pt"}
+    if isinstance(net, easycontrol.EasyControl):
+        tensors = {easycontrol.published(name): tensor for name, tensor in tensors.items()}
     if isinstance(net, arch.ZImage):
         tensors |= {name: torch.zeros(shape, dtype=torch.float16) for name, shape in arch.Z_IMAGE_DECOY.items()}
         metadata["config"] = json.dumps({"transformer": net.config.as_dict()})
@@ -148,7 +160,8 @@ def checkpoint(net: torch.nn.Module, weights: dict[str, Tensor], path: Path) -> 
 
 def train(kind: str, emoji: Path | None, out: Path, state: Path | None, device: str, stop: int | None) -> None:
     plan, net = PLANS[kind], build(kind).to(device).train()
-    task = (Distiller if kind == "taesd" else Denoiser)(net, emoji and Emoji(emoji), plan, device)
+    tasks = {"taesd": Distiller, "easycontrol": easycontrol.Steered}
+    task = tasks.get(kind, Denoiser)(net, emoji and Emoji(emoji), plan, device)
     matrices = [p for p in net.parameters() if p.ndim >= 2]
     others = [p for p in net.parameters() if p.ndim < 2 and p.requires_grad]
     optimizer = torch.optim.AdamW(

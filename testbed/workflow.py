@@ -1,8 +1,9 @@
 """Workflow files as users open them, turned into prompts that the tiny models can run.
 
-A workflow names the real models. `substitutions.json` is all that changes: file names, nodes that a fixture stands in
-for (loaders of text encoders and of whole checkpoints, and the video file) and the size of the latent. Steps, cfg,
-sampler and every setting of our own nodes stay as the file has them. Models listed as seeded have random weights.
+A workflow names the real models. `substitutions.json` is all that changes: names of models and pictures, nodes that a
+fixture stands in for (loaders of text encoders, of whole checkpoints and of some files, and the video file) and sizes of
+latents and references. Steps, cfg, sampler and every other setting of our own nodes stay as the file has them. Models
+listed as seeded have random weights.
 """
 import copy
 import json
@@ -25,7 +26,11 @@ def read_workflow(file: Path, object_info: dict) -> dict:
 
 SUBSTITUTIONS = read(Path(__file__).with_name("substitutions.json"))
 MODEL_FILES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pth", ".pt")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 OURS = "Reprise_"
+SAMPLERS = ("KSampler", "SamplerCustom")
+STEP_CACHE, LATENTS, REFERENCES = "Reprise_StepCache", "Reprise_ReferenceLatentCache", "Reprise_ApplyReferenceCache"
+CHANGED = {REFERENCES: ("model", "positive", "negative")}    # what a node of ours changes, in the order of its outputs; the others change a model alone
 
 
 class WorkflowError(ValueError):
@@ -45,31 +50,33 @@ def substitute(prompt: dict) -> dict:
     """The same prompt over the tiny models. A stand-in for a node keeps its links and nothing else."""
     prompt = copy.deepcopy(prompt)
     for node in prompt.values():
-        stand_in = SUBSTITUTIONS["nodes"].get(node["class_type"])
+        loaded = [value for value in node["inputs"].values() if isinstance(value, str) and value in SUBSTITUTIONS["loaders"]]
+        stand_in = SUBSTITUTIONS["loaders"][loaded[0]] if loaded else SUBSTITUTIONS["nodes"].get(node["class_type"])
         if stand_in:
             node.update(class_type=stand_in, inputs={name: value for name, value in node["inputs"].items() if is_link(value)})
         node["inputs"].update(SUBSTITUTIONS["sizes"].get(node["class_type"], {}))
         for name, value in node["inputs"].items():
-            if isinstance(value, str) and value.endswith(MODEL_FILES):
+            if isinstance(value, str) and value.endswith(MODEL_FILES + PICTURES):
                 node["inputs"][name] = tiny_file(value)
     return prompt
 
 
 def tiny_file(name: str) -> str:
     if name not in SUBSTITUTIONS["files"]:
-        raise WorkflowError(f"no tiny model stands in for '{name}'; add a row to testbed/substitutions.json")
+        raise WorkflowError(f"no tiny {'picture' if name.endswith(PICTURES) else 'model'} stands in for '{name}'; add a row to testbed/substitutions.json")
     return SUBSTITUTIONS["files"][name]
 
 
 def without_reprise(prompt: dict) -> dict:
-    """The baseline: our model patches taken out and their consumers linked to the model they patched."""
-    ours = {key: node["inputs"]["model"] for key, node in prompt.items() if node["class_type"].startswith(OURS) and "model" in node["inputs"]}
+    """The baseline: our patches of models and prompts taken out, their consumers linked to what they patched, and what then leads nowhere left out."""
+    ours = {key: node for key, node in prompt.items() if node["class_type"].startswith(OURS) and "model" in node["inputs"]}
 
     def unpatched(link: list) -> list:
         while link[0] in ours:
-            if link[1] != 0:
-                raise WorkflowError(f"node {link[0]} gives more than a model; a graph without it cannot be made")
-            link = ours[link[0]]
+            changed, inputs = CHANGED.get(ours[link[0]]["class_type"], ("model",)), ours[link[0]]["inputs"]
+            if link[1] >= len(changed):
+                raise WorkflowError(f"node {link[0]} gives more than {' and '.join(changed)}; a graph without it cannot be made")
+            link = inputs[changed[link[1]]]
         return link
 
     kept = {key: copy.deepcopy(node) for key, node in prompt.items() if key not in ours}
@@ -77,21 +84,41 @@ def without_reprise(prompt: dict) -> dict:
         for name, value in node["inputs"].items():
             if is_link(value):
                 node["inputs"][name] = unpatched(value)
+    used = {value[0] for node in prompt.values() for value in node["inputs"].values() if is_link(value)}
+    while idle := used & kept.keys() - {value[0] for node in kept.values() for value in node["inputs"].values() if is_link(value)}:
+        kept = {key: node for key, node in kept.items() if key not in idle}
     return kept
 
 
+def system_of(prompt: dict) -> str:
+    """The class of the one node of ours that acts on the sampling."""
+    found = [node["class_type"] for node in prompt.values() if node["class_type"] in (STEP_CACHE, LATENTS, REFERENCES)]
+    if len(found) != 1:
+        raise WorkflowError(f"the graph has {len(found)} nodes that are Step Cache, Reference Latent Cache or Apply Reference Cache; the demo wants one")
+    return found[0]
+
+
 def model_of(prompt: dict) -> str:
-    """What the model that Step Cache is on comes from: the file that a loader opens, or the fixture in its place."""
-    [node, *_] = nodes_of(prompt, OURS)
+    """What the model that is sampled with comes from: the file that a loader opens, or the fixture in its place."""
+    node = next((node for node in prompt.values() if node["class_type"].startswith(SAMPLERS) and "model" in node["inputs"]), None)
+    if node is None:
+        raise WorkflowError(f"the graph has no sampler that takes a model; known: {', '.join(SAMPLERS)}")
     while "model" in node["inputs"]:
         node = prompt[node["inputs"]["model"][0]]
     files = [value for value in node["inputs"].values() if isinstance(value, str) and value.endswith(MODEL_FILES)]
     return files[0] if files else node["class_type"]
 
 
-def is_trained(model: str) -> bool:
-    """Whether the pictures of a model, told as `model_of` does, mean anything."""
-    return model not in SUBSTITUTIONS["seeded"]
+def is_trained(prompt: dict) -> bool:
+    """Whether the pictures of a prompt mean anything: nothing in it that draws has random weights."""
+    told = {node["class_type"] for node in prompt.values()} | {value for node in prompt.values() for value in node["inputs"].values() if isinstance(value, str)}
+    return not told & {*SUBSTITUTIONS["seeded"]}
+
+
+def steps_of(prompt: dict) -> int:
+    """Of the sampler, or of the node that makes its schedule."""
+    [steps] = [node["inputs"]["steps"] for node in prompt.values() if isinstance(node["inputs"].get("steps"), int)]
+    return steps
 
 
 def is_link(value) -> bool:

@@ -19,7 +19,7 @@ from testbed.nodes.text import encode
 from testbed.train import NETS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-MODELS = sorted(path.name for path in (ROOT / "testbed" / "models").glob("*.safetensors") if not path.name.startswith("taef"))
+MODELS = sorted(path.name for path in (ROOT / "testbed" / "models").glob("*.safetensors") if not path.name.startswith(("taef", "easycontrol")))
 KINDS = {"flux_tiny.safetensors": "flux", "z_image_tiny.safetensors": "zimage", "tiny_z_image_trained128.safetensors": "zimage-drawn"}
 
 

@@ -22,6 +22,7 @@ from pack.core.quant.files import BadFile, WeightFile, open_file
 from pack.core.quant.formats import layers_of
 from pack.core.quant.formats.svdquant import AWQ, INT4, NVFP4
 from pack.core.quant.loader import load, load_file
+from pack.core.quant.machine import Capabilities, Machine
 from pack.core.quant.plan import Settings, plan
 from pack.core.quant.save import TRANSCODED, save
 from pack.core.quant.svdquant.served import Served, served
@@ -278,8 +279,7 @@ def test_a_device_that_cannot_is_told_in_a_sentence_and_nothing_is_packed(writte
 @pytest.mark.parametrize(("how", "target"), [("native", "packed"), ("emulated", "int8")])
 def test_left_to_itself_a_file_stays_packed_where_that_is_fast_and_becomes_int8_elsewhere(how, target, written, monkeypatch):
     monkeypatch.setattr(loader, "served", lambda device, kind: Served(how, "" if how == "native" else "slow"))
-    monkeypatch.setattr(loader.comfy.model_management, "supports_nvfp4_compute", lambda device=None: False)
-    monkeypatch.setattr(loader.comfy.model_management, "supports_mxfp8_compute", lambda device=None: False)
+    monkeypatch.setattr(loader, "capabilities", lambda device: Capabilities.of(Machine()))
     _, native = loader.abilities(torch.device("cuda", 0))
     layers, _ = layers_of(at_hand(written("z_image", kind="int4")))
     targets = plan(layers, frozenset(layers), "lumina2", Settings(), True, native)

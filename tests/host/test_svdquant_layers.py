@@ -12,6 +12,7 @@ from comfy.quant_ops import QuantizedTensor
 from torch.nn import functional as F
 
 from pack.core.quant.files import BadFile, WeightFile
+from pack.core.quant.machine import Capabilities, Machine
 from pack.core.quant.svdquant import awq, served, tiles
 from pack.core.quant.svdquant.header import header
 from pack.core.quant.svdquant.stored import SHIFT, take
@@ -333,7 +334,8 @@ def test_a_gpu_without_the_units_is_told_before_anything_loads(monkeypatch, capa
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Card 1")
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(served.comfy.model_management, "supports_nvfp4_compute", lambda device=None: capability >= (10, 0))
+    machine = Machine(kind="cuda", gpu="Card 1", capability=capability, nvfp4=capability >= (10, 0), serves={"scaled_mm_nvfp4": "cuda"})
+    monkeypatch.setattr(served, "capabilities", lambda device: Capabilities.of(machine))
     monkeypatch.setattr(served.ck, "list_backends", lambda: {"cuda": {"available": True, "disabled": True, "capabilities": [served.OPERATION]}})
     told = served.served(torch.device("cuda", 0), kind)
     assert told.how == CARDS[capability][KINDS.index(kind)]
@@ -351,8 +353,10 @@ def test_comfy_kitchen_without_its_cuda_kernels_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Card 1")
     monkeypatch.setattr(served.ck, "list_backends", lambda: {"cuda": {"available": False, "disabled": False, "capabilities": []}})
+    machine = Machine(kind="cuda", gpu="Card 1", capability=(8, 9), kitchen={"cuda": "it did not load"})
+    monkeypatch.setattr(served, "capabilities", lambda device: Capabilities.of(machine))
     told = served.served(torch.device("cuda", 0), "int4")
-    assert told.how == "emulated" and "kernels are not installed" in told.sentence
+    assert told.how == "emulated" and "it did not load" in told.sentence and "compute int8" in told.sentence
 
 
 def test_the_parameters_of_a_layout_carry_every_tensor_when_they_move():

@@ -15,10 +15,10 @@ TEXTS = ("report text", "plain text", "comparison text", "psnr", "ssim")
 
 @pytest.fixture(scope="module")
 def graph(object_info) -> dict:
-    """The first workflow, and beside it the same without Step Cache; both are reported on, compared and saved."""
-    from .conftest import WORKFLOWS
+    """The first workflow with Step Cache, and beside it the same without Step Cache; both are reported on, compared and saved."""
+    from .conftest import STEP_CACHES
 
-    prompt = read_workflow(WORKFLOWS[0], object_info)
+    prompt = read_workflow(STEP_CACHES[0], object_info)
     [cache] = keys(prompt, "Reprise_StepCache")
     # coarse enough that 8 bits do not matter: the pictures that are measured here are those that were saved
     prompt[cache]["inputs"] = {"model": prompt[cache]["inputs"]["model"], "preset": "custom", "policy": "interval", "policy.interval": 20, "policy.warm_up": 1,

@@ -5,21 +5,23 @@ import shutil
 import pytest
 from PIL import Image
 
+from .conftest import STEP_CACHES
 from devtools.server import ROOT
 from testbed import captions_sheet
 from testbed.captions import DEMO
 from testbed.demo import demo
 from testbed.workflow import WorkflowError
 
-ROW = ("workflow", "model", "trained", "steps", "evaluations", "baseline_evaluations", "computed_steps", "skipped_steps", "seconds", "baseline_seconds",
-       "psnr_db", "ssim", "identical", "settings", "reprise_version", "host_version", "device")
+ROW = ("workflow", "system", "baseline", "model", "trained", "steps", "evaluations", "baseline_evaluations", "computed_steps", "skipped_steps", "seconds",
+       "baseline_seconds", "psnr_db", "ssim", "identical", "without_reference_psnr_db", "said", "settings", "reprise_version", "host_version", "device")
+OF_STEP_CACHE = ("evaluations", "baseline_evaluations", "computed_steps", "skipped_steps")
 
 
 @pytest.mark.parametrize("content", [b"{ broken", b"", b"[]", b"{}", b"\xff\xfe"])
 def test_a_broken_workflow_is_named_and_the_others_still_run(server, tmp_path, content):
     folder = tmp_path / "workflows"
     folder.mkdir()
-    [good, *_] = sorted((ROOT / "workflows").glob("*.json"))
+    [good, *_] = STEP_CACHES
     shutil.copy(good, folder)
     (folder / "A broken.json").write_bytes(content)
     with pytest.raises(WorkflowError, match="'A broken.json' cannot be used: "):
@@ -33,14 +35,22 @@ def test_the_demo_writes_pictures_a_contact_sheet_and_one_row_for_each_workflow(
     assert [row["workflow"] for row in rows] == sorted(file.stem for file in (ROOT / "workflows").glob("*.json"))
     for row in rows:
         assert tuple(row) == ROW
-        assert 0 < row["computed_steps"] <= row["evaluations"] < row["baseline_evaluations"] == row["steps"]
-        assert row["identical"] or 20 < row["psnr_db"] < 120 and 0.5 < row["ssim"] < 1
+        if row["system"] == "StepCache":
+            assert 0 < row["computed_steps"] <= row["evaluations"] < row["baseline_evaluations"] == row["steps"]
+        else:
+            assert row["steps"] > 0 and all(row[name] is None for name in OF_STEP_CACHE)
+        if row["system"] == "ApplyReferenceCache":
+            assert row["identical"] and row["without_reference_psnr_db"] < 60 and "from the bank" in row["said"] and "exact" in row["said"]
+        else:
+            assert row["without_reference_psnr_db"] is None and (row["identical"] or 20 < row["psnr_db"] < 120 and 0.5 < row["ssim"] < 1)
+        assert row["system"] != "ReferenceLatentCache" or "approximate" in row["said"] and "measured error" in row["said"]
         assert row["seconds"] > 0 and row["baseline_seconds"] > 0
         for kind in ("without", "with", "side by side"):
-            assert Image.open(tmp_path / f"{row['workflow']} - {kind}.png").width >= 128
+            assert Image.open(tmp_path / f"{row['workflow']} - {kind}.png").height >= 128
         with Image.open(tmp_path / f"{row['workflow']} - with.png") as picture:
             assert getattr(picture, "n_frames", 1) == (9 if row["workflow"].startswith("Wan") else 1)
-    assert {row["workflow"].split()[0] for row in rows if not row["trained"]} == {"Wan", "SDXL"}
+    assert {row["workflow"].split()[0] for row in rows if not row["trained"]} == {"Wan", "SDXL", "FLUX.2", "FastFit"}
+    assert len({row["baseline"] for row in rows}) == len({row["system"] for row in rows}) == 3
     assert Image.open(tmp_path / "contact-sheet.png").height >= 128 * len(rows)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import WORKFLOWS
+from .conftest import STEP_CACHES
 from .test_compare import keys, run_as_it_is
 from testbed.workflow import read_workflow
 
@@ -15,8 +15,8 @@ def node(kind: str, **inputs) -> dict:
 
 @pytest.fixture(scope="module")
 def graph(object_info) -> dict:
-    """The first workflow at 9 steps, with Step Cache on policy profile."""
-    prompt = read_workflow(WORKFLOWS[0], object_info)
+    """The first workflow with Step Cache at 9 steps, with Step Cache on policy profile."""
+    prompt = read_workflow(STEP_CACHES[0], object_info)
     [cache], [sampler] = keys(prompt, "Reprise_StepCache"), keys(prompt, "KSampler")
     prompt[cache]["inputs"] = {"model": prompt[cache]["inputs"]["model"], "preset": "custom", "policy": "profile", "policy.profile": "p", "policy.target": "2x"}
     prompt[sampler]["inputs"]["steps"] = 9

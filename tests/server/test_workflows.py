@@ -1,4 +1,4 @@
-"""The shipped workflows on a real server: they run, they say what was skipped, and off means off."""
+"""The shipped workflows with Step Cache on a real server: they run, they say what was skipped, and off means off."""
 import re
 from copy import deepcopy
 
@@ -25,7 +25,7 @@ def pictures(outcome: Outcome) -> list[bytes]:
     return [image.tobytes() for image in outcome.images]
 
 
-def test_every_workflow_runs_and_gives_one_picture_or_all_frames_of_its_video(ran, prompt):
+def test_every_workflow_with_step_cache_runs_and_gives_one_picture_or_all_frames_of_its_video(ran, prompt):
     frames = sum(node["inputs"].get("length", 1) for node in nodes_of(prompt, "Empty"))
     assert [image.size for image in ran.images] == [(128, 128)] * frames
     assert all(low < high for image in ran.images for low, high in image.getextrema()), "a picture is a flat colour"

@@ -1,8 +1,20 @@
 """Workflow files become prompts for the tiny models, and nothing else about them changes."""
 import pytest
 
-from testbed.client import afresh, rejection
-from testbed.workflow import WorkflowError, convert, is_trained, model_of, substitute, without_reprise
+from testbed.client import afresh, line_of, rejection
+from testbed.workflow import (
+    LATENTS,
+    REFERENCES,
+    STEP_CACHE,
+    WorkflowError,
+    convert,
+    is_trained,
+    model_of,
+    steps_of,
+    substitute,
+    system_of,
+    without_reprise,
+)
 
 
 def prompt() -> dict:
@@ -46,7 +58,7 @@ def test_the_model_of_a_prompt_is_found_behind_its_patches():
     patched["7"] = {"class_type": "ModelSamplingSD3", "inputs": {"model": ["1", 0], "shift": 8.0}}
     patched["5"]["inputs"]["model"] = ["7", 0]
     assert model_of(patched) == "flux1-dev.safetensors" and model_of(substitute(patched)) == "flux_tiny.safetensors"
-    assert is_trained(model_of(substitute(patched)))
+    assert is_trained(substitute(patched))
 
 
 @pytest.mark.parametrize("loader", [
@@ -56,7 +68,7 @@ def test_the_model_of_a_prompt_is_found_behind_its_patches():
 def test_a_model_with_random_weights_is_known_as_one(loader):
     seeded = prompt()
     seeded["1"] = loader
-    assert not is_trained(model_of(substitute(seeded)))
+    assert not is_trained(substitute(seeded))
 
 
 def test_a_model_file_without_a_stand_in_is_named():
@@ -92,6 +104,78 @@ def test_without_reprise_our_loaders_and_fixture_nodes_stay():
     own = substitute(prompt())
     own["1"]["class_type"] = "Reprise_Loader"
     assert {"1", "2"} <= without_reprise(own).keys()
+
+
+def referred() -> dict:
+    """A prompt whose model and conditionings pass Apply Reference Cache, with a condition image."""
+    return {key: node for key, node in prompt().items() if key != "5"} | {
+        "3n": {"class_type": "ConditioningZeroOut", "inputs": {"conditioning": ["3", 0]}},
+        "6": {"class_type": "KSampler", "inputs": {"model": ["10", 0], "positive": ["10", 1], "negative": ["10", 2], "latent_image": ["4", 0], "steps": 20}},
+        "7": {"class_type": "LoadImage", "inputs": {"image": "example.png"}},
+        "8": {"class_type": "Reprise_EasyControlLoader", "inputs": {"file": "canny.safetensors"}},
+        "9": {"class_type": "Reprise_EasyControlCondition", "inputs": {"adapter": ["8", 0], "image": ["7", 0], "vae": ["11", 0], "size": 512}},
+        "10": {"class_type": "Reprise_ApplyReferenceCache", "inputs": {
+            "model": ["1", 0], "positive": ["3", 0], "negative": ["3n", 0], "reference": ["9", 0], "keep": True}},
+        "11": {"class_type": "VAELoader", "inputs": {"vae_name": "ae.safetensors"}},
+        "12": {"class_type": "VAEDecode", "inputs": {"samples": ["6", 0], "vae": ["11", 0]}},
+        "13": {"class_type": "SaveImage", "inputs": {"images": ["12", 0]}},
+    }
+
+
+def test_without_reprise_references_leave_model_and_conditionings_and_take_along_what_made_them():
+    baseline = without_reprise(referred())
+    assert baseline["6"]["inputs"] == {"model": ["1", 0], "positive": ["3", 0], "negative": ["3n", 0], "latent_image": ["4", 0], "steps": 20}
+    assert baseline.keys() == {"1", "2", "3", "3n", "4", "6", "11", "12", "13"}
+
+
+def test_an_output_that_stands_for_nothing_upstream_is_told():
+    odd = referred()
+    odd["14"] = {"class_type": "PreviewAny", "inputs": {"source": ["10", 3]}}
+    with pytest.raises(WorkflowError, match="node 10 gives more than model and positive and negative"):
+        without_reprise(odd)
+
+
+def test_references_are_substituted_with_their_pictures_files_and_sizes():
+    assert changes(referred(), substitute(referred())).items() >= {
+        ("7", "image"): "testbed_heart.png", ("8", "file"): "easycontrol_tiny.safetensors", ("9", "size"): 128}.items()
+
+
+def test_a_loader_of_a_file_without_a_tiny_one_is_replaced_by_a_fixture():
+    real = referred()
+    real["11"]["inputs"]["vae_name"] = "flux2-vae.safetensors"
+    assert substitute(real)["11"] == {"class_type": "RepriseTestbed_Flux2VAE", "inputs": {}}
+
+
+def test_a_picture_without_a_stand_in_is_named():
+    real = referred()
+    real["7"]["inputs"]["image"] = "holiday.png"
+    with pytest.raises(WorkflowError, match="no tiny picture stands in for 'holiday.png'"):
+        substitute(real)
+
+
+@pytest.mark.parametrize(("graph", "system"), [(prompt, STEP_CACHE), (referred, REFERENCES)])
+def test_a_graph_is_of_the_system_that_acts_on_its_sampling(graph, system):
+    assert system_of(graph()) == system and model_of(graph()) == "flux1-dev.safetensors" and steps_of(graph()) == 20
+
+
+def test_a_graph_with_two_systems_or_none_is_told():
+    two = referred()
+    two["14"] = {"class_type": LATENTS, "inputs": {"model": ["1", 0]}}
+    for graph, count in ((two, 2), (without_reprise(two), 0)):
+        with pytest.raises(WorkflowError, match=f"the graph has {count} nodes that are Step Cache"):
+            system_of(graph)
+
+
+def test_random_weights_anywhere_in_a_graph_are_told():
+    seeded = substitute(referred())
+    assert is_trained(seeded)
+    seeded["8"]["inputs"]["file"] = "template_seeded/model.safetensors"
+    assert not is_trained(seeded)
+
+
+def test_lines_under_nodes_are_read_from_binary_messages_and_previews_are_not():
+    assert line_of(b"\x00\x00\x00\x03\x00\x00\x00\x0210" + "26 °".encode()) == {"10": "26 °"}
+    assert line_of(b"\x00\x00\x00\x01\x00\x00\x00\x02\xff\xd8\xff") == {}
 
 
 def test_a_graph_without_our_nodes_is_its_own_baseline():

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import comfy.model_management
 import comfy_kitchen as ck
 import torch
+
+from ..capabilities import capabilities
 
 NATIVE, EMULATED, NOT = "native", "emulated", "not at all"
 OPERATION = "scaled_mm_svdquant_w4a4"
@@ -31,33 +32,31 @@ def served(device: torch.device, kind: str) -> Served:
 
 
 def int4(device: torch.device) -> Served:
-    if device.type != "cuda":
-        return Served(EMULATED, f"SVDQuant int4 has no fast products on the {device.type} device: every weight is unpacked for each of them; {INSTEAD}")
-    name = torch.cuda.get_device_name(device)
-    if torch.version.hip is not None:
-        if kernels("hip", even_disabled=False):
-            return Served(NATIVE)
-        return Served(EMULATED, f"comfy_kitchen has no SVDQuant kernels for {name}: every weight is unpacked for each product; {INSTEAD}")
-    if not kernels("cuda", even_disabled=True):     # its layout calls them past what the host has switched off
-        return Served(EMULATED, f"comfy_kitchen's CUDA kernels are not installed: SVDQuant int4 weights are unpacked for each product; {INSTEAD}")
+    unpacked = f"SVDQuant int4 has no fast products on {named(device)} ({{why}}): every weight is unpacked for each of them; {INSTEAD}"
+    if device.type != "cuda" or torch.version.hip is not None or not kernels("cuda"):
+        can = capabilities(device).svdquant
+        return Served(NATIVE) if can.fast else Served(EMULATED, unpacked.format(why=can.why))
+    # comfy_kitchen's layout calls its CUDA kernels past what the host has switched off, and past their least compute capability
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < FIRST:
-        return Served(NOT, f"{name} has compute capability {major}.{minor}, and SVDQuant int4 products need 8.0; {INSTEAD}")
+        return Served(NOT, f"{named(device)} has compute capability {major}.{minor}, and SVDQuant int4 products need 8.0; {INSTEAD}")
     if (major, minor) >= LAST:
-        return Served(EMULATED, f"{name} has no 4-bit integer units, so SVDQuant int4 products are emulated and slower than int8; {INSTEAD}")
+        return Served(EMULATED, f"{named(device)} has no int4 units, so SVDQuant int4 products are emulated and slower than int8; {INSTEAD}")
     return Served(NATIVE)
 
 
 def nvfp4(device: torch.device) -> Served:
-    if device.type != "cuda":
-        return Served(EMULATED, f"SVDQuant nvfp4 has no fast products on the {device.type} device: every weight is unpacked for each of them; {INSTEAD}")
-    if not comfy.model_management.supports_nvfp4_compute(device):
-        name = torch.cuda.get_device_name(device)
-        return Served(EMULATED, f"{name} has no nvfp4 units, which the RTX 50 series has: every weight is unpacked for each product; {INSTEAD}")
-    return Served(NATIVE)
+    can = capabilities(device).nvfp4
+    if can.fast:
+        return Served(NATIVE)
+    return Served(EMULATED, f"SVDQuant nvfp4 has no fast products on {named(device)} ({can.why}): every weight is unpacked for each of them; {INSTEAD}")
 
 
-def kernels(backend: str, even_disabled: bool) -> bool:
-    """Whether comfy_kitchen has this backend's SVDQuant kernels."""
+def named(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"the {device.type} device"
+
+
+def kernels(backend: str) -> bool:
+    """Whether comfy_kitchen has this backend's SVDQuant kernels, switched off or not."""
     told = ck.list_backends().get(backend)
-    return told is not None and told["available"] and (even_disabled or not told["disabled"]) and OPERATION in told["capabilities"]
+    return told is not None and told["available"] and OPERATION in told["capabilities"]
