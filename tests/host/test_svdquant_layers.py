@@ -223,6 +223,14 @@ def branch(packed):
     return tiles.up(made.up).float() @ tiles.down(made.down).float().t()
 
 
+def test_an_nvfp4_layer_with_scales_for_its_rows_joins_one_without():
+    first, second = layer(128, 128, "nvfp4", seed=3), layer(128, 128, "nvfp4", seed=5)
+    bare = second._replace(parts={part: tensor for part, tensor in second.parts.items() if part != "wcscales"})
+    parts = [stored(first), stored(bare)]
+    made = Weight(tuple(Segment(part, 0, 128) for part in parts))
+    torch.testing.assert_close(made.packed(torch.float32).dequantize(), made.rows(0, 256), rtol=1e-5, atol=1e-5)
+
+
 def test_some_rows_of_a_layer_are_a_layer():
     """Z-Image has w3 above w1 in one layer of the file."""
     packed = layer(512, 128)

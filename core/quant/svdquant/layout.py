@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 import comfy.model_management
 import torch
 from comfy.quant_ops import QuantizedLayout, QuantizedTensor, get_layout_class, register_layout_class, register_layout_op
-from comfy_kitchen.float_utils import from_blocked, to_blocked
+from comfy_kitchen.float_utils import from_blocked
 from comfy_kitchen.tensor import BaseLayoutParams, dequantize_args
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,20 +24,6 @@ from .stored import HALF, residual
 INT4_LAYOUT, NVFP4_LAYOUT = "RepriseSVDQuantInt4Layout", "RepriseSVDQuantNVFP4Layout"
 KITCHEN_INT4, HOST_NVFP4 = "TensorCoreSVDQuantW4A4Layout", "TensorCoreNVFP4Layout"
 ROWS = 1024     # that stand in single precision at a time
-
-
-@dataclass(frozen=True)
-class Flat:
-    """One segment in rows and columns. codes: uint8 [N, K / 2], column 2 j in the low bits; scale [N, K / group]."""
-
-    codes: Tensor
-    scale: Tensor
-    smooth: Tensor          # [K]
-    down: Tensor            # [K, r]
-    up: Tensor              # [N, r]
-    row_scale: Tensor | None
-    tensor_scale: float
-    unsigned: bool
 
 
 class Piece(NamedTuple):
@@ -208,7 +194,7 @@ class SVDQuantNVFP4Layout(SVDQuantLayout):
     def product(x: Tensor, view: View, bias: Tensor | None) -> Tensor:
         layout = get_layout_class(HOST_NVFP4)
         params = layout.Params(
-            scale=torch.tensor(view.piece.tensor_scale, device=x.device), orig_dtype=x.dtype, orig_shape=view.piece[:2], block_scale=view.scale)
+            scale=torch.full((), view.piece.tensor_scale, device=x.device), orig_dtype=x.dtype, orig_shape=view.piece[:2], block_scale=view.scale)
         weight, smoothed = QuantizedTensor(view.codes.view(torch.uint8), HOST_NVFP4, params), x / view.smooth
         if x.is_cuda and comfy.model_management.supports_nvfp4_compute(x.device):
             smoothed = QuantizedTensor.from_float(smoothed, HOST_NVFP4)
@@ -222,44 +208,6 @@ class SVDQuantNVFP4Layout(SVDQuantLayout):
 def turned(codes: Tensor) -> Tensor:
     """Two codes in a byte, the other way round: the host's nvfp4 has the first in the high bits."""
     return codes << 4 | codes >> 4
-
-
-def gathered(flats: list[Flat], axis: int) -> list[Flat]:
-    """Segments above each other that smooth their input alike become one: the input is quantized once.
-
-        [R1; R2] + [U1 0; 0 U2] [D1 D2]^T
-    """
-    first = flats[0]
-    alike = all(flat.unsigned == first.unsigned and flat.tensor_scale == first.tensor_scale and torch.equal(flat.smooth, first.smooth) for flat in flats)
-    if axis == 1 or len(flats) == 1 or not alike:
-        return flats
-    return [replace(
-        first, codes=torch.cat([flat.codes for flat in flats]), scale=torch.cat([flat.scale.view(torch.uint8) if flat.scale.element_size() == 1 else flat.scale
-                                                                               for flat in flats]).view(first.scale.dtype),
-        down=torch.cat([flat.down for flat in flats], 1), up=torch.block_diag(*(flat.up for flat in flats)),
-        row_scale=None if first.row_scale is None else torch.cat([flat.row_scale for flat in flats]))]
-
-
-def pack(layout: str, flats: list[Flat], axis: int, shape, offset: Tensor | None, dtype: torch.dtype, small: torch.dtype, codes, scale) -> QuantizedTensor:
-    flats = gathered(flats, axis)
-    rows = [flat.row_scale for flat in flats if flat.row_scale is not None]
-    join = lambda tensors: torch.cat([tensor.to(small).reshape(-1) for tensor in tensors])
-    params = get_layout_class(layout).Params(
-        scale=torch.cat([scale(flat).reshape(-1).view(torch.uint8) for flat in flats]).view(scale(flats[0]).dtype), orig_dtype=dtype, orig_shape=tuple(shape),
-        smooth=join(flat.smooth for flat in flats), down=join(flat.down for flat in flats), up=join(flat.up for flat in flats),
-        row_scale=join(rows) if rows else torch.zeros(0, dtype=small), offset=torch.zeros(0) if offset is None else offset,
-        pieces=tuple(Piece(*flat.up.shape[:1], flat.smooth.shape[0], flat.up.shape[1], flat.unsigned, flat.tensor_scale) for flat in flats), axis=axis)
-    return QuantizedTensor(torch.cat([codes(flat.codes).reshape(-1) for flat in flats]).view(torch.int8), layout, params)
-
-
-def packed_int4(flats, axis, shape, offset, dtype, small) -> QuantizedTensor:
-    return pack(INT4_LAYOUT, flats, axis, shape, offset, dtype, small, lambda codes: codes, lambda flat: flat.scale.to(small).t().contiguous())
-
-
-def packed_nvfp4(flats, axis, shape, offset, dtype, small) -> QuantizedTensor:
-    return pack(NVFP4_LAYOUT, flats, axis, shape, offset, dtype, small,
-                turned,
-                lambda flat: to_blocked(flat.scale.view(torch.uint8)).view(flat.scale.dtype))
 
 
 def _linear(qt, args, kwargs):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import tiles
-from .layout import Flat, packed_int4, packed_nvfp4
+from .packing import Flat, packed
 from .stored import HALF, Stored
 
 
@@ -75,5 +75,4 @@ class Weight:
         """The weight as a QuantizedTensor that computes 4-bit products."""
         flats = [segment.flat() for segment in self.segments]
         small = dtype if dtype in HALF else flats[0].smooth.dtype      # what the kernels take
-        pack = packed_int4 if self.kind == "int4" else packed_nvfp4
-        return pack(flats, self.axis, self.shape, self.offset, dtype, small)
+        return packed(self.kind, flats, self.axis, self.offset, dtype, small)
