@@ -15,7 +15,7 @@ from ._triton import tl, triton
 from .spec import CODES, SCALES, Case, Kernel, Limits
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-LONGEST = 1 << 15       # channels of a row that one program holds
+LONGEST = 1 << 16       # bytes of a row that one program holds in registers: 32768 channels of bf16, or half as many of fp32
 
 
 def quantize_rows(x: Tensor, rotation: bool) -> tuple[Tensor, Tensor]:
@@ -57,11 +57,11 @@ def _quantize_kernel(x, codes, scales, channels, ROTATION: tl.constexpr, BLOCK: 
 
 
 def fits(x: Tensor, rotation: bool) -> bool:
-    return x.dtype in FLOATS and x.is_contiguous() and x.numel() > 0 and x.shape[-1] <= LONGEST
+    return x.dtype in FLOATS and x.is_contiguous() and x.numel() > 0 and x.shape[-1] * x.element_size() <= LONGEST
 
 
 def fused(x: Tensor, rotation: bool) -> tuple[Tensor, Tensor]:
-    """As `quantize_rows`; x is contiguous, in fp32, fp16 or bf16, of at most LONGEST channels."""
+    """As `quantize_rows`; x is contiguous, in fp32, fp16 or bf16, its rows of at most LONGEST bytes."""
     codes, scales = fake(x, rotation)
     channels = x.shape[-1]
     block = max(triton.next_power_of_2(channels), GROUP)

@@ -22,6 +22,7 @@ GROUPS = (
     "quantization_report",
     "attention_backend",
     "doctor",
+    "modulation_cache",
 )
 
 

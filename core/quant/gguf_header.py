@@ -82,7 +82,7 @@ class Cursor:
         elif kind == TEXT:
             self.texts += count
             if self.texts > MOST_TEXTS:
-                raise BadFile(f"'{self.name}': {what} brings the texts in its header to {self.texts}, and at most {MOST_TEXTS} were expected; the file is damaged")
+                raise BadFile(f"'{self.name}': {what} brings the texts of its header to {self.texts}, and at most {MOST_TEXTS} were expected; it is damaged")
             for _ in range(count):
                 self.skip(self.number("<Q", what), what)
         else:

@@ -24,6 +24,7 @@ from .detect import detect, without_prefix
 from .files import BadFile, WeightFile, open_file
 from .formats import layers_of
 from .formats.svdquant import KIND
+from .gguf_file import refuse_text_model
 from .layer import Layer
 from .plan import Settings, plan
 from .svdquant.served import NATIVE, NOT, served
@@ -57,6 +58,7 @@ NAMES = {"int8": "int8", "fp8": "scaled fp8", "nvfp4": "nvfp4", "full": "full pr
 def load(path: Path | str, settings: Settings, disable_dynamic: bool = False, report: Callable[[Loaded], None] = lambda loaded: None):
     """A ModelPatcher. BadFile, one sentence, where the file is not what it says it is; nothing is left allocated then."""
     file = open_file(path)
+    refuse_text_model(file)
     patcher, loaded = load_file(file, settings, disable_dynamic)
     patcher.cached_patcher_init = (load, (str(path), settings))      # a reload does the same again
     report(loaded)

@@ -1,6 +1,7 @@
 """GGUF layers that stay packed: blocks in memory, turned into numbers for the length of one product.
 
-    int8:   codes, from the blocks by a kernel; then comfy_kitchen's int8 product, with the scales of the rows found when the file was opened
+    int8:   codes, from the blocks by a kernel; then comfy_kitchen's int8 product, or ours where it has none that is fast.
+            The scales of the rows are found when the file is opened.
     decode: floats, from the blocks; then an ordinary product
 
 The host sees a QuantizedTensor, which it moves, offloads and streams as its own. What is saved is the host's int8 with rotation.
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cache
 
 import comfy.model_management
 import torch
@@ -18,9 +20,13 @@ from comfy_kitchen.tensor.base import dequantize_args
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...kernels.int8_linear import int8_linear
+from ...kernels.quantize import quantize_rows
 from . import blocks
+from .capabilities import capabilities
 from .files import Blocks
 from .later import later
+from .machine import KITCHEN
 
 LAYOUT = "RepriseGGUFLayout"
 FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}        # as comfy_kitchen's operators number them
@@ -35,6 +41,7 @@ class GGUFLayout(QuantizedLayout):
 
         type: str = ""
         compute: str = "decode"         # or "int8"
+        own: bool = False               # the int8 product is Reprise's kernel, where comfy_kitchen has none that is fast
         convrot: bool = False           # the names are the host's, which writes them into the mark of a saved layer
         convrot_groupsize: int = 256
         transposed: bool = False
@@ -75,14 +82,24 @@ def of_blocks(weight) -> bool:
     return isinstance(weight, QuantizedTensor) and weight._layout_cls == LAYOUT
 
 
+@cache
+def own_product(device: torch.device) -> bool:
+    """Whether Reprise's int8 product is the fast one there is."""
+    way = capabilities(device).int8
+    return way.fast and not way.by.startswith(KITCHEN)
+
+
 def pack(found: Blocks, dtype: torch.dtype, compute: str = "decode") -> QuantizedTensor:
     """A weight [N, K] that computes in `dtype` from its blocks. compute: "int8" or "decode"."""
     (rows, columns), group = found.shape, blocks.rotation_group(found.shape[1])
-    scale = torch.empty(0, dtype=torch.float32)
+    scale, own = torch.empty(0, dtype=torch.float32), False
     if compute == "int8":
-        scale = blocks.scales(found.bytes, found.type, group, comfy.model_management.get_torch_device())
+        device = comfy.model_management.get_torch_device()
+        scale = blocks.scales(found.bytes, found.type, group, device)
+        own = own_product(device) and group in blocks.BY_KERNEL
     return QuantizedTensor(found.bytes, LAYOUT, GGUFLayout.Params(
-        scale=scale, orig_dtype=dtype, orig_shape=(rows, columns), type=found.type, compute=compute, convrot=bool(group), convrot_groupsize=group or 256))
+        scale=scale, orig_dtype=dtype, orig_shape=(rows, columns), type=found.type, compute=compute, own=own,
+        convrot=bool(group), convrot_groupsize=group or 256))
 
 
 # products --------------------------------------------------------------------------------------------------------------
@@ -93,6 +110,9 @@ def product(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
     params, held = weight._params, weight._qdata.contiguous()
     if params.compute == "int8" and x.dtype in FLOATS:
         codes = blocks.codes(held, params.type, params.scale, params.group)
+        if params.own:
+            rows, row_scales = quantize_rows(x.contiguous(), params.convrot)
+            return int8_linear(rows, row_scales, codes, params.scale, bias, out_dtype=x.dtype)
         return torch.ops.comfy_kitchen.int8_linear(x.contiguous(), codes, params.scale, bias, FLOATS[x.dtype], params.convrot, params.convrot_groupsize)
     return F.linear(x, blocks.values(held, params.type, x.dtype), bias)
 

@@ -46,13 +46,11 @@ class Holder:
     def layout_type(self) -> str | None:
         """Of the weight that is there now: a baked LoRA changes it, and taking the LoRA off changes it back."""
         weight = getattr(self, "weight", None)
-        if weight is None:      # about to be loaded
-            return self.__dict__.get("told")
-        return weight._layout_cls if isinstance(weight, QuantizedTensor) else None
+        return weight._layout_cls if isinstance(weight, QuantizedTensor) else self.__dict__.get("told_layout")
 
     @layout_type.setter
     def layout_type(self, name: str | None) -> None:
-        self.__dict__["told"] = name        # asked for until the weight is there, which says it itself
+        self.__dict__["told_layout"] = name     # by the host, before it makes the weight
 
     @property
     def weight_lowvram_function(self):

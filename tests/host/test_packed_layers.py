@@ -1,4 +1,6 @@
 """Layers that stay packed: what they compute, how the host moves, patches and saves them."""
+from types import SimpleNamespace
+
 import comfy.lora
 import comfy.memory_management
 import comfy.model_patcher
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 
 from pack.core.quant import blocks, packed
 from pack.core.quant.files import Blocks
+from pack.core.quant.machine import Route
 from pack.core.quant.packed import pack
 from pack.core.quant.packed_ops import is_packed, packed_ops
 
@@ -98,6 +101,21 @@ def test_int8_products_stay_near_the_decoded_ones_at_every_rotation(columns):
     x[..., ::13] *= 20
     got = F.linear(x, pack(layer, torch.float32, "int8"), inputs(N))
     assert off(got, F.linear(x, values(layer), inputs(N))) < (0.015 if columns >= 256 else 0.03)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_where_comfy_kitchen_has_no_fast_int8_product_the_packs_own_gives_the_same(dtype, monkeypatch):
+    layer, x = found(), inputs(2, 5, K, dtype=dtype)
+    theirs = pack(layer, dtype, "int8")
+    monkeypatch.setattr(packed, "capabilities", lambda device: SimpleNamespace(int8=Route("Reprise's Triton kernel", True)))
+    packed.own_product.cache_clear()
+    ours = pack(layer, dtype, "int8")
+    packed.own_product.cache_clear()
+    assert ours._params.own and not theirs._params.own
+    got, wanted = (F.linear(x, weight, inputs(N, dtype=dtype)) for weight in (ours, theirs))
+    true = F.linear(x.float(), values(layer), inputs(N, dtype=dtype).float())
+    assert got.dtype == dtype and off(got, wanted) < (1e-4 if dtype == torch.float32 else 0.01)     # comfy_kitchen rotates and divides in bf16
+    assert off(got, true) < 1.05 * off(wanted, true) < 0.02
 
 
 @pytest.mark.parametrize("compute", COMPUTE)
@@ -278,7 +296,8 @@ def test_the_hosts_streaming_resolves_a_patched_layer_without_encoding_it(comput
     for resident in (False, True):
         layer._prefetch = {"signature": 1, "resident": resident, "xfer_dest": buffer, "cast_dest": None, "cast_geometry": geometry, "needs_cast": False}
         weight, bias = comfy.ops.resolve_cast_module_with_vbar(layer, torch.float32, torch.device("cpu"), torch.float32, torch.float32, True)
-        assert is_packed(weight) and torch.equal(weight._qdata, layer.weight._qdata) and torch.equal(F.linear(x, weight, bias), F.linear(x, layer.weight, layer.bias))
+        assert is_packed(weight) and torch.equal(weight._qdata, layer.weight._qdata)
+        assert torch.equal(F.linear(x, weight, bias), F.linear(x, layer.weight, layer.bias))
 
 
 def test_a_lora_on_a_schedule_is_refused_in_a_sentence():
