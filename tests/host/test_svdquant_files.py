@@ -7,7 +7,6 @@ from pathlib import Path
 
 import comfy.lora
 import comfy.sd
-import nunchaku_files as nunchaku
 import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
@@ -26,6 +25,7 @@ from pack.core.quant.machine import Capabilities, Machine
 from pack.core.quant.plan import Settings, plan
 from pack.core.quant.save import TRANSCODED, save
 from pack.core.quant.svdquant.served import Served, served
+from testbed import nunchaku_files as nunchaku
 from testbed.arch import Z_IMAGE_DECOY
 
 FORMATS = {"int4": INT4, "nvfp4": NVFP4}

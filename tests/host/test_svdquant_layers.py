@@ -5,7 +5,6 @@ The files come from nunchaku_files.py, which packs by index and knows nothing of
 import dataclasses
 from pathlib import Path
 
-import nunchaku_files as nunchaku
 import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
@@ -17,6 +16,7 @@ from pack.core.quant.svdquant import awq, served, tiles
 from pack.core.quant.svdquant.header import header
 from pack.core.quant.svdquant.stored import SHIFT, take
 from pack.core.quant.svdquant.weight import Segment, Weight
+from testbed import nunchaku_files as nunchaku
 
 KINDS = ("int4", "nvfp4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,4 +1,4 @@
-"""Writes files as nunchaku has them, for tests: SVDQuant quantized here, and packed one index at a time.
+"""Writes files as nunchaku has them, for tests, benchmark and demo: SVDQuant quantized here, and packed one index at a time.
 
 Nothing of the reader is used. Where an element goes is computed from its row and column, by the published descriptions:
 
