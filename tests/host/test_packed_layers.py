@@ -196,9 +196,9 @@ def test_weights_that_are_not_packed_keep_the_type_of_the_file():
 
 
 # LoRA ------------------------------------------------------------------------------------------------------------------
-def lora(rows=N, columns=K, rank=4, seed=9, alpha=2.0, strength=0.05, reshape=None):
+def lora(rows=N, columns=K, rank=4, seed=9, alpha=2.0, strength=0.05, dora=None):
     up, down = inputs(rows, rank, seed=seed) * strength, inputs(rank, columns, seed=seed + 1) * strength
-    return comfy.weight_adapter.LoRAAdapter(set(), (up, down, alpha, None, None, reshape))
+    return comfy.weight_adapter.LoRAAdapter(set(), (up, down, alpha, None, dora, None))
 
 
 def change(adapter, strength=1.0):
@@ -236,9 +236,9 @@ def test_a_lora_in_part_loaded_models_is_exact(compute):
 class Dynamic:
     """Stands for the host's patch under dynamic memory, set on a layer as ModelPatcherDynamic sets it."""
 
-    def __init__(self, layer, patches):
+    def __init__(self, layer, patches, of_weight=1.0):
         owner = patcher(torch.nn.ModuleDict({"layer": layer}))
-        owner.add_patches(patches)
+        owner.add_patches(patches, 1.0, of_weight)
         self.patch = comfy.model_patcher.LowVramPatch("layer.weight", owner.patches)
         layer.weight_lowvram_function = self.patch
 
@@ -248,7 +248,11 @@ ADAPTERS = {
     "of some rows": ({("layer.weight", (0, 16, 32)): lora(rows=32)}, lambda w: w + F.pad(change(lora(rows=32)), (0, 0, 16, 0))),
     "of some columns": ({("layer.weight", (1, 256, 256)): lora(columns=256)}, lambda w: w + F.pad(change(lora(columns=256)), (256, 0))),
     "difference": ({"layer.weight": (inputs(N, K) * 0.01,)}, lambda w: w + inputs(N, K) * 0.01),
+    "DoRA": ({"layer.weight": lora(dora=1.0 + inputs(N, 1) * 0.1)}, lambda w: comfy.lora.calculate_weight(
+        [(1.0, lora(dora=1.0 + inputs(N, 1) * 0.1), 1.0, None, None)], w.clone(), "layer.weight")),
+    "over a scaled weight": ({"layer.weight": lora()}, lambda w: 0.5 * w + change(lora())),
 }
+BESIDE = ("plain", "of some rows", "of some columns")
 
 
 @pytest.mark.parametrize("compute", COMPUTE)
@@ -258,12 +262,12 @@ def test_under_dynamic_memory_a_patch_is_put_on_at_each_call_and_never_written_b
     layer, x = net(compute).diffusion_model["a"], inputs(2, 3, K)
     held = layer.weight._qdata.clone()
     base = layer(x)
-    Dynamic(layer, patches)
+    Dynamic(layer, patches, 0.5 if "scaled" in name else 1.0)
     assert layer.weight_lowvram_function is None        # so the host neither decodes the layer nor asks for it as blocks again
     got = layer(x)
     wanted = F.linear(x, changed(values(found())), inputs(N))
     # a branch adds to the product as it is; a patch on the decoded weight makes an ordinary product of it
-    exact = F.linear(x, changed(values(found())) - values(found())) + (base if name != "difference" else F.linear(x, values(found()), inputs(N)))
+    exact = base + F.linear(x, changed(values(found())) - values(found())) if name in BESIDE else wanted
     assert off(got, exact) < 1e-5 and off(got, wanted) < 0.015
     layer.weight_lowvram_function = None
     assert torch.equal(layer(x), base) and torch.equal(layer.weight._qdata, held)
