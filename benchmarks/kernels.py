@@ -1,6 +1,7 @@
 """Every kernel against plain torch and against the memory's speed.
 
-    python3 dev.py bench kernels     on a GPU -> results/kernels.json; without one, whether the kernels are right, alone
+    python3 dev.py bench kernels                    on a GPU -> results/kernels.json; without one, whether the kernels are right, alone
+    python3 dev.py bench kernels --compile-only     what they take on every GPU, without one -> results/kernels-compile.json
 
 A kernel is checked before it is timed, and one that is wrong gets no time. Times are medians. `roofline_us` is what the
 bytes that must move would take at the speed of a large copy on the same GPU.
@@ -8,6 +9,8 @@ bytes that must move would take at the speed of a large copy on the same GPU.
 import json
 import os
 import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,22 +18,19 @@ import torch
 GPU = torch.cuda.is_available() and not os.environ.get("REPRISE_CPU")
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"    # before Triton is imported
-from testbed import inprocess  # noqa: I001
+from benchmarks import _compiled  # noqa: I001
+from testbed import inprocess
 
 inprocess.leave_root()
 inprocess.package("pack", inprocess.ROOT)
 
 from pack.kernels import KERNELS
 from pack.kernels._triton import HAS_TRITON, usable
+from pack.kernels.spec import faults
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.json"
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}    # about one unit in the last place
-
-
-def off(kernel, given) -> float:
-    """The largest difference from the reference, relative to its largest element; over all outputs."""
-    pairs = zip(*(out if isinstance(out, tuple) else (out,) for out in (kernel.fused(**given), kernel.reference(**given))), strict=True)
-    return max(((fused.float() - true.float()).abs().max() / true.float().abs().max()).item() for fused, true in pairs)
+COMPILED = RESULTS.with_name("kernels-compile.json")
+COLUMNS = ("kernel", "case", "arch", "registers", "stack_bytes", "local_bytes", "shared_bytes", "instruction")
 
 
 def cases(small: bool):
@@ -45,11 +45,10 @@ def correctness(small: bool) -> list[str]:
     """A line for each case; returns those that are wrong."""
     wrong = []
     for kernel, case, dtype, given in cases(small):
-        error = off(kernel, given)
-        right = error <= TOLERANCE[dtype]
-        line = f"{kernel.name:14} {case.name:34} {str(dtype).removeprefix('torch.'):9} off by {error:.1e}"
-        print(line + ("" if right else "   WRONG"), flush=True)
-        wrong += [] if right else [line]
+        found = faults(kernel, kernel.fused(**given), kernel.reference(**given), dtype)
+        line = f"{kernel.name:22} {case.name:34} {str(dtype).removeprefix('torch.'):9} "
+        print(line + (f"WRONG: {'; '.join(found)}" if found else "right"), flush=True)
+        wrong += [line] if found else []
     return wrong
 
 
@@ -77,13 +76,42 @@ def timed() -> list[dict]:
             "kernel": kernel.name, "case": case.name, "dtype": str(dtype).removeprefix("torch."), "gpu": gpu, "reference_us": round(reference, 2),
             "fused_us": round(fused, 2), "roofline_us": round(least, 2), "speedup": round(reference / fused, 2), "of_roofline": round(least / fused, 3),
         }
-        print(f"{row['kernel']:14} {row['case']:34} {row['dtype']:9} {reference:9.1f} -> {fused:8.1f} us, {row['speedup']:5.2f}x,"
+        print(f"{row['kernel']:22} {row['case']:34} {row['dtype']:9} {reference:9.1f} -> {fused:8.1f} us, {row['speedup']:5.2f}x,"
               f" {100 * row['of_roofline']:.0f} % of the roofline", flush=True)
         rows.append(row)
     return rows
 
 
-def main() -> int:
+def written(rows: list[dict], file: Path) -> None:
+    text = json.dumps(rows, indent=2) + "\n"
+    try:
+        file.write_text(text)
+        print(f"written to {file}")
+    except OSError as error:
+        print(f"{text}{file} cannot be written ({error.strerror}); the rows stand above")
+
+
+def compile_only() -> int:
+    """What every kernel takes in registers, stack, local and shared memory on every GPU, in bf16, and which matrix instruction is in it."""
+    if reason := _compiled.missing():
+        print(f"Nothing can be compiled: {reason}.")
+        return 1
+    limits, over = {kernel.name: kernel.limits for kernel in KERNELS}, 0
+    found = _compiled.rows("bf16")
+    for row in found:
+        said = _compiled.broken(row, limits[row["kernel"]])
+        over += bool(said)
+        print(f"{row['kernel']:22} {row['case']:34} sm_{row['arch']:<4} {row['registers']:4} registers {row['stack_bytes']:3} stack"
+              f" {row['local_bytes']:3} local {row['shared_bytes']:6} shared  {row['instruction']}{'   TOO MUCH: ' if said else ''}", *said, flush=True)
+    written([{name: row[name] for name in COLUMNS} for row in found], COMPILED)
+    return 1 if over else 0
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    parser = ArgumentParser(prog="dev.py bench kernels", description="Every kernel against plain torch and against the memory's speed.")
+    parser.add_argument("--compile-only", action="store_true", help="what the kernels take on every GPU; none is needed")
+    if parser.parse_args(arguments).compile_only:
+        return compile_only()
     if not HAS_TRITON:
         print("There is no Triton here, so the kernels are their references in plain torch, and there is nothing to compare.")
         return 0
@@ -96,14 +124,9 @@ def main() -> int:
         print(f"{len(wrong)} cases are wrong, so nothing is timed.")
         return 1
     if GPU:
-        text = json.dumps(timed(), indent=2) + "\n"
-        try:
-            RESULTS.write_text(text)
-            print(f"written to {RESULTS}")
-        except OSError as error:
-            print(f"{text}{RESULTS} cannot be written ({error.strerror}); the rows stand above")
+        written(timed(), RESULTS)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -11,7 +11,7 @@ try:
 except (ImportError, AttributeError, OSError, RuntimeError):    # missing, or one that does not fit this torch or this system
     from types import SimpleNamespace
 
-    triton = SimpleNamespace(jit=lambda kernel: kernel)
+    triton = SimpleNamespace(jit=lambda kernel=None, **options: kernel or (lambda kernel: kernel))
     tl = SimpleNamespace(constexpr=object)
 
 HAS_TRITON = hasattr(triton, "runtime")
@@ -43,3 +43,11 @@ def usable(device: torch.device) -> bool:
         logger.warning("Triton cannot compile for %s (%s); plain torch does the work of the kernels, slower", device, error)
         return False
     return True
+
+
+def architecture(device: torch.device) -> int:
+    """What Triton compiles for on `device`: 89 for compute capability 8.9. 0 where it interprets."""
+    if not isinstance(_probe, triton.runtime.JITFunction):
+        return 0
+    with torch.cuda.device(device if device.type == "cuda" else -1):      # the tests stand a driver where there is no GPU
+        return triton.runtime.driver.active.get_current_target().arch

@@ -1,46 +1,36 @@
 """Kernels compile for every GPU that they are meant for, without one, as their launches would compile them."""
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from benchmarks import _compiled
 from pack.kernels import KERNELS
-
-PROGRAM = Path(__file__).with_name("compile_kernels.py")
-CAPABILITIES = (80, 86, 89, 90, 100, 120)
+from pack.kernels.spec import Limits
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> list[dict]:
-    found = importlib.util.find_spec("triton")
-    if found is None:
-        pytest.skip("there is no Triton on this system")
-    tools = Path(found.origin).parent / "backends" / "nvidia" / "bin"
-    for tool in ("ptxas", "cuobjdump"):
-        if not list(tools.glob(f"{tool}*")):
-            pytest.skip(f"this Triton comes without {tool}")
-    folder = tmp_path_factory.mktemp("compiled")
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder / "cache")}
-    done = subprocess.run([sys.executable, PROGRAM, folder], capture_output=True, text=True, env=variables, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+def compiled() -> list[dict]:
+    if reason := _compiled.missing():
+        pytest.skip(reason)
+    return _compiled.rows()
 
 
 def told(row: dict) -> str:
-    return f"{row['kernel']}, {row['case']}, {row['dtype']}, sm_{row['capability']}: {row}"
+    return f"{row['kernel']}, {row['case']}, {row['dtype']}, sm_{row['arch']}: {row}"
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("arch", _compiled.ARCHITECTURES)
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
-def test_a_kernel_compiles_and_stays_in_registers(kernel, capability, compiled):
-    rows = [row for row in compiled if row["kernel"] == kernel.name and row["capability"] == capability]
-    assert {row["case"] for row in rows} == {case.name for case in kernel.cases if case.small}
+def test_a_kernel_compiles_and_stays_within_its_limits(kernel, arch, compiled):
+    rows = [row for row in compiled if row["kernel"] == kernel.name and row["arch"] == arch]
+    assert {row["case"] for row in rows} == {case.name for case in kernel.cases if arch in _compiled.THOROUGH or not case.small}
     for row in rows:
-        assert row["stack"] == row["local"] == 0 and row["reg"] <= 128, told(row)
+        assert not _compiled.broken(row, kernel.limits), told(row)
+
+
+def test_every_small_case_and_type_is_compiled_somewhere(compiled):
+    there = {(row["kernel"], row["case"], row["dtype"]) for row in compiled}
+    assert there == {(kernel.name, case.name, str(dtype)) for kernel in KERNELS for case in kernel.cases for dtype in kernel.dtypes}
 
 
 def test_addresses_are_computed_in_64_bits(compiled):
@@ -58,3 +48,31 @@ def test_combine_reads_even_sizes_16_bytes_at_a_time(compiled):
     assert even
     for row in even:
         assert row["loads"] == ["ld.global.v4.b32"], told(row)
+
+
+GOOD = {"arch": 89, "registers": 64, "stack_bytes": 0, "local_bytes": 0, "shared_bytes": 512, "instruction": "IMMA.16832.S8.S8 IMMA.16864.S4.S4"}
+LIMITS = Limits(registers=64, shared_bytes=512, instructions={89: ("IMMA.16832",), 90: ("IGMMA", "UTMALDG")}, unlimited=(100,))
+
+
+def test_a_row_within_its_limits_is_fine_and_one_without_is_not():
+    assert not _compiled.broken(GOOD, LIMITS)
+    for name in ("registers", "stack_bytes", "local_bytes", "shared_bytes"):
+        (said,) = _compiled.broken(GOOD | {name: 600}, LIMITS)
+        assert name in said
+    assert len(_compiled.broken(GOOD | {"instruction": ""}, LIMITS)) == 1 and len(_compiled.broken(GOOD | {"arch": 90}, LIMITS)) == 2
+    assert not _compiled.broken(GOOD | {"arch": 100, "registers": 255, "shared_bytes": 200_000}, LIMITS)
+    assert _compiled.broken(GOOD | {"arch": 100, "stack_bytes": 8}, LIMITS)
+
+
+def test_the_table_is_printed_and_written_and_a_row_beyond_its_limits_is_told(monkeypatch, capsys, tmp_path):
+    from benchmarks import kernels as benchmark
+
+    rows = [GOOD | {"kernel": "combine", "case": "one", "dtype": "torch.bfloat16", "narrow": [], "loads": [], "atomics": 0}]
+    monkeypatch.setattr(benchmark, "COMPILED", tmp_path / "kernels-compile.json")
+    monkeypatch.setattr(_compiled, "missing", lambda: "")
+    monkeypatch.setattr(_compiled, "rows", lambda *arguments: rows)
+    assert benchmark.main(["--compile-only"]) == 0
+    (row,) = json.loads(benchmark.COMPILED.read_text())
+    assert tuple(row) == benchmark.COLUMNS and "64 registers" in capsys.readouterr().out
+    rows[0]["stack_bytes"] = 16
+    assert benchmark.main(["--compile-only"]) == 1 and "TOO MUCH" in capsys.readouterr().out

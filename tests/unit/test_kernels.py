@@ -6,39 +6,57 @@ import pytest
 import torch
 
 from pack.kernels import KERNELS, _triton
+from pack.kernels.spec import CODES, MOST_OFF, SCALES, TOLERANCE, VALUES, Kernel, fault, faults, several
 from testbed import inprocess
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}    # about one unit in the last place; the interpreter cuts bf16 off
 SMALL = [(kernel, case, dtype) for kernel in KERNELS for case in kernel.cases if case.small for dtype in kernel.dtypes]
 needs_triton = pytest.mark.skipif(not _triton.HAS_TRITON, reason="there is no Triton on this system")
 
 
-def outputs(result) -> tuple[torch.Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
-
-
 @pytest.fixture
-def unwritten_is_nan(monkeypatch):
-    for name in ("empty", "empty_like"):
-        make = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *args, make=make, **options: make(*args, **options).fill_(torch.nan))
+def unwritten_is_wrong(monkeypatch):
+    """New tensors hold what no kernel writes: NaN, or the least integer."""
+    def poisoned(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.fill_(torch.nan if tensor.dtype.is_floating_point else torch.iinfo(tensor.dtype).min)
+
+    for place, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+        make = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *args, make=make, **options: poisoned(make(*args, **options)))
 
 
 @needs_triton
 @pytest.mark.parametrize(("kernel", "case", "dtype"), SMALL, ids=lambda value: str(getattr(value, "name", value)))
-def test_a_kernel_says_what_its_reference_says(kernel, case, dtype, unwritten_is_nan):
+def test_a_kernel_says_what_its_reference_says(kernel, case, dtype, unwritten_is_wrong):
     torch.manual_seed(42)
     given = kernel.inputs(case.shape, **case.sizes, dtype=dtype, device="cpu")
-    for got, wanted in zip(outputs(kernel.fused(**given)), outputs(kernel.reference(**given)), strict=True):
-        assert got.dtype is wanted.dtype and got.shape == wanted.shape
-        largest = wanted.abs().max().item()
-        torch.testing.assert_close(got, wanted, rtol=TOLERANCE[dtype], atol=1e-6 * largest if dtype is torch.float32 else TOLERANCE[dtype] * largest)
+    before = {name: value.clone() for name, value in given.items() if isinstance(value, torch.Tensor)}
+    assert not faults(kernel, kernel.fused(**given), kernel.reference(**given), dtype)
+    assert all(torch.equal(given[name], value) for name, value in before.items())
+
+
+def test_what_differs_more_than_rounding_does_is_a_fault():
+    codes = torch.randint(-127, 127, (400_000,), dtype=torch.int8)
+    some = torch.arange(codes.numel()) < int(MOST_OFF * codes.numel())
+    assert not fault(CODES, codes, codes) and not fault(CODES, codes + some, codes)
+    assert fault(CODES, codes + 2 * some, codes) and fault(CODES, codes + some.roll(3) + some.roll(90), codes) and fault(CODES, codes.int(), codes)
+    scales = torch.rand(100, 1) + 0.1
+    assert not fault(SCALES, scales * (1 + 5e-7), scales) and fault(SCALES, scales * (1 + 3e-6), scales) and fault(SCALES, scales.view(-1), scales)
+    assert fault(SCALES, torch.cat((scales[:-1], torch.tensor([[torch.nan]]))), scales)
+    for dtype, tolerance in TOLERANCE.items():
+        values = torch.randn(1000).to(dtype)
+        off = values.clone()
+        off[7] += 4 * tolerance * values.abs().max()
+        assert not fault(VALUES, values, values) and fault(VALUES, off, values) and fault(VALUES, torch.full_like(values, torch.nan), values)
+    both = Kernel("both", None, None, None, None, (), outputs=(CODES, SCALES))
+    assert not faults(both, (codes, scales), (codes, scales)) and len(faults(both, (codes.roll(1), 2 * scales), (codes, scales))) == 2
+    assert faults(both, codes, (codes, scales))
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_a_kernel_has_odd_even_and_real_cases_and_is_tested_in_fp32(kernel):
-    elements = [torch.Size(case.shape).numel() for case in kernel.cases if case.small]
-    assert any(n % 2 for n in elements) and any(n % 16 == 0 for n in elements) and any(n > 1024 and n % 1024 for n in elements)
+    shapes = [torch.Size(case.shape) for case in kernel.cases if case.small]
+    assert any(side % 2 and side > 1 for shape in shapes for side in shape)         # rows may be odd where channels come by the block
+    assert any(shape.numel() % 16 == 0 for shape in shapes) and any(shape.numel() > 1024 and shape.numel() % 1024 for shape in shapes)
     assert torch.float32 in kernel.dtypes and any(not case.small for case in kernel.cases)
     names = [case.name for case in kernel.cases]
     assert len(set(names)) == len(names)
@@ -54,7 +72,7 @@ def test_the_bytes_of_the_roofline_are_not_more_than_all_that_is_there(kernel):
         if case.small:
             given = kernel.inputs(case.shape, **case.sizes, dtype=torch.bfloat16, device="cpu")
             there = sum(t.nbytes for value in given.values() for t in (value if isinstance(value, list) else [value]) if isinstance(t, torch.Tensor))
-            made = sum(out.nbytes for out in outputs(kernel.reference(**given)))
+            made = sum(out.nbytes for out in several(kernel.reference(**given)))
             assert 0 < kernel.traffic(**given) <= there + made
 
 

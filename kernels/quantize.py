@@ -1,0 +1,108 @@
+"""Rows to int8 codes and a scale each, with and without the rotation: what an int8 product takes.
+
+    codes, scales = int8(x H)
+
+For activations that no kernel before them has quantized already, in front of `int8_linear`. Where comfy_kitchen's CUDA backend works
+its `int8_linear` does both at once and is called instead; that backend is off with torch builds for CUDA 12.
+"""
+import torch
+from torch import Tensor
+
+from ._hadamard import GROUP, places, rotate, rotated
+from ._int8 import code, coded, row_scale, row_scales
+from ._op import operator
+from ._triton import tl, triton
+from .spec import CODES, SCALES, Case, Kernel, Limits
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+LONGEST = 1 << 15       # channels of a row that one program holds
+
+
+def quantize_rows(x: Tensor, rotation: bool) -> tuple[Tensor, Tensor]:
+    """x: [..., K], with `rotation` K a multiple of 256. Returns codes, int8 [..., K], and scales, fp32 [..., 1]."""
+    if rotation and x.shape[-1] % GROUP:
+        raise ValueError(f"rows of {x.shape[-1]} channels came; the rotation works on groups of {GROUP}")
+    return OP(x, rotation)
+
+
+# plain torch: the definition of right ----------------------------------------------------------------------------------
+def reference(x: Tensor, rotation: bool) -> tuple[Tensor, Tensor]:
+    y = rotated(x.float()) if rotation else x.float()
+    scales = row_scales(y)
+    return coded(y, scales), scales
+
+
+def fake(x: Tensor, rotation: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty(x.shape, dtype=torch.int8, device=x.device), torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+
+
+# Triton ----------------------------------------------------------------------------------------------------------------
+@triton.jit
+def _quantize_kernel(x, codes, scales, channels, ROTATION: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    start = row * channels
+    # [BLOCK]
+    b_x = tl.load(x + (start + at), mask=at < channels, other=0.0).to(tl.float32)
+    if ROTATION:
+        b_x = rotate(b_x, BLOCK)
+    scale = row_scale(b_x)
+    b_codes = code(b_x, scale)
+    if ROTATION:
+        into = places(BLOCK)
+        tl.store(codes + (start + into), tl.reshape(b_codes, (BLOCK // 4, 4)), mask=into < channels)
+    else:
+        tl.store(codes + (start + at), b_codes, mask=at < channels)
+    tl.store(scales + row, scale)
+
+
+def fits(x: Tensor, rotation: bool) -> bool:
+    return x.dtype in FLOATS and x.is_contiguous() and x.numel() > 0 and x.shape[-1] <= LONGEST
+
+
+def fused(x: Tensor, rotation: bool) -> tuple[Tensor, Tensor]:
+    """As `quantize_rows`; x is contiguous, in fp32, fp16 or bf16, of at most LONGEST channels."""
+    codes, scales = fake(x, rotation)
+    channels = x.shape[-1]
+    block = max(triton.next_power_of_2(channels), GROUP)
+    with torch.cuda.device_of(x):
+        _quantize_kernel[(x.numel() // channels,)](x, codes, scales, channels, ROTATION=rotation, BLOCK=block, num_warps=warps(block))
+    return codes, scales
+
+
+def warps(block: int) -> int:
+    """16 elements in each thread, as far as that goes."""
+    return min(max(block // 512, 1), 32)
+
+
+OP = operator("quantize_rows", reference, fused, fake, fits)
+
+
+# for the tests and the benchmark ---------------------------------------------------------------------------------------
+def inputs(shape, rotation: bool, *, dtype, device) -> dict:
+    """Rows with a few channels far larger than the rest, as activations have them."""
+    x = torch.randn(shape, dtype=torch.float32, device=device)
+    x[..., ::97] *= 20
+    return {"x": x.to(dtype), "rotation": rotation}
+
+
+def traffic(x: Tensor, rotation: bool) -> int:
+    return x.nbytes + x.numel() + 4 * (x.numel() // x.shape[-1])
+
+
+QUANTIZE_ROWS = Kernel(
+    name="quantize rows", reference=reference, fused=fused, inputs=inputs, traffic=traffic, op=OP,
+    outputs=(CODES, SCALES), limits=Limits(registers=64),
+    cases=(
+        Case("one channel", (3, 1), rotation=False),
+        Case("odd", (2, 3, 63), rotation=False),
+        Case("beyond a power of two", (5, 1030), rotation=False),
+        Case("one group", (1, 256), rotation=True),
+        Case("three groups", (7, 768), rotation=True),
+        Case("FLUX hidden, few rows", (3, 3072), rotation=True),
+        Case("FLUX mlp, one row", (1, 15360), rotation=True),
+        Case("FLUX hidden 1024px", (1, 4352, 3072), rotation=True),
+        Case("FLUX mlp 1024px", (1, 4352, 15360), rotation=True),
+        Case("Z-Image hidden 1024px", (1, 4192, 3840), rotation=True),
+    ),
+)
