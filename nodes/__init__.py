@@ -19,6 +19,7 @@ GROUPS = (
     "reference_latents",
     "quantized",
     "quantization_report",
+    "fused_kernels",
 )
 
 

@@ -1,0 +1,1 @@
+"""Fused kernels in the blocks of FLUX and Z-Image."""

@@ -1,0 +1,131 @@
+"""Where in a family's blocks values come up that may wait: module names, as data.
+
+norms are called on the tokens and modulated right after, activations stand in front of a product, outputs are products that are gated.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ...families.base import module_at
+from .deferred import Deferred, plain
+from .expressions import Activation, Norm, Packed, Product, Silu
+from .scope import Scope
+
+
+@dataclass(frozen=True)
+class Site:
+    """Paths in each block of `stack`; a block that lacks one is without it. packed: a product of q, k and v whose k and v are copied once."""
+
+    stack: str
+    norms: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    packed: tuple[str, ...] = ()
+
+
+JOINT = {
+    "norms": ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"), "outputs": ("feed_forward.w1",), "packed": ("attention.qkv",),
+}
+SITES = {       # family -> sites
+    "flux": (
+        Site("double_blocks", norms=("img_norm1", "txt_norm1", "img_norm2", "txt_norm2"), activations=("img_mlp.1", "txt_mlp.1"),
+             outputs=("img_attn.proj", "img_mlp", "txt_attn.proj", "txt_mlp")),
+        Site("single_blocks", norms=("pre_norm",), activations=("mlp_act",), outputs=("linear2",)),
+    ),
+    "nextdit": (Site("noise_refiner", **JOINT), Site("layers", **JOINT)),
+}
+HALVES = "SiLUActivation"       # the host's, of FLUX.2: silu of the first half of the channels times the second
+
+
+def replacements(scope: Scope, sites: tuple[Site, ...], network: nn.Module, weight: Callable) -> Iterator[tuple[nn.Module, Callable]]:
+    """(module, what is to be its forward for one evaluation). weight: (norm module, tensor) -> its weight, lent."""
+    for site in sites:
+        for block in module_at(network, site.stack) or ():
+            scope.record.blocks += 1
+            for paths, make in ((site.norms, norm), (site.activations, activation), (site.outputs, output), (site.packed, packed)):
+                for module in (module_at(block, path) for path in paths):
+                    if module is not None and (forward := make(scope, module, weight)) is not None:
+                        yield module, forward
+            yield block, ending(scope, block)
+
+
+def norm(scope: Scope, module: nn.Module, weight: Callable):
+    rms, own = isinstance(module, nn.RMSNorm), getattr(module, "weight", None)
+    if not rms and not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) != 1 or not rms and own is not None or not scope.kernels:
+        return None
+    before = module.forward
+    lend = None if own is None else lambda like: weight(module, like)
+
+    def forward(x, *args, **kwargs):
+        if args or kwargs or not scope.takes(x) or x.shape[-1] != module.normalized_shape[0]:
+            return before(x, *args, **kwargs)
+        eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+        return Deferred(scope, Norm(x, before, rms, eps, lend))
+    return forward
+
+
+def activation(scope: Scope, module: nn.Module, weight: Callable):
+    before, name = module.forward, type(module).__name__
+    if isinstance(module, nn.GELU) and module.approximate == "tanh":
+        make = lambda a: Activation(a, None, lambda: before(a))
+    elif isinstance(module, nn.SiLU) and scope.kernels:
+        make = lambda a: Silu(a, before)
+    elif name == HALVES and scope.kernels:
+        make = lambda a: Activation(*a.chunk(2, -1), lambda: before(a))
+    else:
+        return None
+
+    def forward(x, *args, **kwargs):
+        x = plain(x)
+        return before(x, *args, **kwargs) if args or kwargs or not scope.takes(x) else Deferred(scope, make(x))
+    return forward
+
+
+def output(scope: Scope, module: nn.Module, weight: Callable, kind=Product):
+    before = module.forward
+    if not scope.kernels:
+        return None
+
+    def forward(x, *args, **kwargs):
+        y = plain(before(x, *args, **kwargs))
+        return Deferred(scope, kind(y)) if scope.takes(y) else y
+    return forward
+
+
+def packed(scope: Scope, module: nn.Module, weight: Callable):
+    return output(scope, module, weight, Packed)
+
+
+def ending(scope: Scope, block: nn.Module):
+    """What leaves a block is computed, unless the next to see it is another of these blocks, or the host's own code after the last."""
+    before = block.forward
+    alone = "forward" not in vars(block) and not block._forward_hooks and not block._forward_pre_hooks
+
+    def forward(*args, **kwargs):
+        result = before(*args, **kwargs)
+        return result if scope.open and alone and vars(block).get("forward") is forward else plain(result)
+    return forward
+
+
+@contextmanager
+def replaced(pairs) -> Iterator[None]:
+    """Sets `forward` of each module and puts back what was there, last one first."""
+    there = []
+    try:
+        for module, forward in pairs:
+            there.append((module, vars(module).get("forward")))
+            module.forward = forward
+        yield
+    finally:
+        for module, before in reversed(there):
+            if before is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = before
+
+
