@@ -26,14 +26,31 @@ def _probe(out):
 
 @functools.cache
 def usable(device: torch.device) -> bool:
-    """Whether kernels run on `device`; asked once for each. A machine with Triton and without a C compiler is common.
+    """Whether kernels run on `device`; tried once for each. A machine with Triton and without a C compiler is common.
 
     False under TRITON_INTERPRET, where Triton computes on the CPU and tests call a kernel by itself.
     """
-    if device.type != "cuda" or torch.version.hip or not HAS_TRITON or not isinstance(_probe, triton.runtime.JITFunction):
-        return False
-    if torch.cuda.get_device_capability(device) < OLDEST:
-        return False
+    return not hindrance(device) and not failure(device)
+
+
+def hindrance(device: torch.device) -> str:
+    """Why `device` is none for Triton, in a phrase; empty where compiling may be tried. Looks and tries nothing."""
+    if not HAS_TRITON:
+        return "Triton is not installed, or does not fit this torch"
+    if device.type != "cuda":
+        return f"Reprise's kernels are for NVIDIA GPUs, not for {device.type}"
+    if torch.version.hip:
+        return "Reprise's kernels are for NVIDIA GPUs, not for AMD's"
+    if not isinstance(_probe, triton.runtime.JITFunction):
+        return "Triton interprets (TRITON_INTERPRET is set)"
+    if (capability := torch.cuda.get_device_capability(device)) < OLDEST:
+        return f"the GPU is older than Ampere (compute capability {'.'.join(map(str, capability))})"
+    return ""
+
+
+@functools.cache
+def failure(device: torch.device) -> str:
+    """Why Triton cannot compile and run a kernel on `device`, in a phrase; empty where it can."""
     try:
         with torch.cuda.device(device):
             _probe[(1,)](torch.empty(1, device=device))
@@ -41,8 +58,8 @@ def usable(device: torch.device) -> bool:
         raise               # says nothing about Triton
     except (RuntimeError, ImportError, AttributeError, OSError, subprocess.SubprocessError) as error:
         logger.warning("Triton cannot compile for %s (%s); plain torch does the work of the kernels, slower", device, error)
-        return False
-    return True
+        return "Triton is installed and cannot compile here; most often a C compiler is missing"
+    return ""
 
 
 def architecture(device: torch.device) -> int:

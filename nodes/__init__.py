@@ -20,6 +20,8 @@ GROUPS = (
     "quantized",
     "quantization_report",
     "fused_kernels",
+    "attention_backend",
+    "doctor",
 )
 
 
@@ -31,4 +33,13 @@ class Pack(ComfyExtension):
                 nodes += import_module(f".{group}", __package__).NODES
             except Exception:
                 log.exception("Reprise: the nodes of '%s' could not be loaded and are missing from the menu", group)
+        self.log_machine()
         return nodes
+
+    @staticmethod
+    def log_machine() -> None:
+        """What was found on this machine, in the log. What goes wrong there must not cost the nodes."""
+        try:
+            import_module(".doctor", __package__).log_machine()
+        except Exception:
+            log.exception("Reprise: this machine could not be looked at")

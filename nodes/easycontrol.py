@@ -2,6 +2,7 @@
 from ..core.reference.easycontrol import KINDS, EasyControl, prepared, read_adapter
 from ..core.reference.folders import model_files, model_path
 from ..core.reference.handle import Handle, Reference
+from ..core.reference.inputs import samples_of
 from ..core.reference.weights import read_weights
 from ._api import io
 from .numbers import check_numbers
@@ -70,13 +71,11 @@ class EasyControlCondition(io.ComfyNode):
     def execute(cls, adapter, image=None, vae=None, latent=None, kind: str = KINDS[0], size: int = 512, strength: float = 1.0, weight: float = 1.0,
                 start_percent: float = 0.0, end_percent: float = 1.0, slot: int = 0, padding: str = "gray", reference=None) -> io.NodeOutput:
         check_numbers(cls, size=size, strength=strength, weight=weight, start_percent=start_percent, end_percent=end_percent, slot=slot)
-        if start_percent > end_percent:
-            raise ValueError(f"start_percent is {start_percent} and end_percent {end_percent}; the start must not lie behind the end")
         if (latent is None) == (image is None):
             raise ValueError(f"{'neither' if image is None else 'both'} image and latent came; connect one of them")
         if latent is None and vae is None:
             raise ValueError("an image came without a VAE; connect FLUX's VAE, or a latent in the place of the image")
-        samples = vae.encode(prepared(image, kind, size, PADDINGS[padding])) if latent is None else latent["samples"]
+        samples = vae.encode(prepared(image, kind, size, PADDINGS[padding])) if latent is None else samples_of(latent)
         condition = EasyControl(adapter, samples[:1], kind, strength, slot)
         return io.NodeOutput((reference or Handle()) + Handle((Reference(condition, weight, start_percent, end_percent),)))
 

@@ -105,8 +105,6 @@ class FastFitGarment(io.ComfyNode):
     def execute(cls, image, garment: str, vae, height: int = 512, weight: float = 1.0, start_percent: float = 0.0, end_percent: float = 1.0,
                 previous: Handle | None = None) -> io.NodeOutput:
         check_numbers(cls, height=height, weight=weight, start_percent=start_percent, end_percent=end_percent)
-        if start_percent > end_percent:
-            raise ValueError(f"start_percent is {start_percent} and end_percent {end_percent}; the start must not lie behind the end")
         latents = encoded(vae, framed(image, height))
         return io.NodeOutput((previous or Handle()) + Handle(tuple(
             Reference(FastFitReference(latent[None], garment), weight, start_percent, end_percent) for latent in latents)))

@@ -11,3 +11,5 @@ def check_numbers(node: type[io.ComfyNode], **sent: float) -> None:
         low, high = inputs[name].min, inputs[name].max
         if not isinstance(value, Real) or not low <= value <= high:
             raise ValueError(f"{name} is {value}; it must lie between {low} and {high}")
+        if isinstance(inputs[name], io.Int.Input) and value != int(value):
+            raise ValueError(f"{name} is {value}; it must be a whole number between {low} and {high}")

@@ -1,9 +1,10 @@
 """References on a sampling: put on model and conditioning, combined, saved, loaded, looked at and forgotten."""
 from ..core.reference.files import names, no_name, read, stamp, write
 from ..core.reference.folders import references_folder
-from ..core.reference.handle import Handle, Reference, with_references
-from ..core.reference.injector import BANK, PLACES, STORAGE, Keeping, attach_references
+from ..core.reference.handle import Handle, Reference, unfit, with_references
+from ..core.reference.injector import BANK, attach_references
 from ..core.reference.inspect import described, stored
+from ..core.reference.run import PLACES, STORAGE, Keeping
 from ._api import io
 from .notify import show, text_notifier
 from .numbers import check_numbers
@@ -32,14 +33,16 @@ class ApplyReferenceCache(io.ComfyNode):
                                 tooltip="For the negative alone. Left out, EasyControl and saved references act on both sides, FastFit has its empty garment "
                                         "there, and a template acts on the positive side alone unless it was given a negative value."),
                 io.Boolean.Input("keep", default=True, optional=True,
-                                 tooltip="Entries stay in host memory for the next run, whatever its seed or sampler. Off forgets them when the run ends."),
+                                 tooltip="Entries stay in host memory for the next run, whatever its seed or sampler. Off forgets them when the run ends, "
+                                         "and what earlier runs left of the same references."),
                 io.Combo.Input("place", options=list(PLACES), default=PLACES[0], optional=True, advanced=True,
                                tooltip="Where entries are during a run: on the GPU, streamed to it a block ahead, or by size."),
                 io.Combo.Input("storage", options=list(STORAGE), default=STORAGE[0], optional=True, advanced=True,
                                tooltip="How keys and values are kept: as they came, which is exact, or in 8 bits, which is approximate: how far off they are "
                                        "is told under the node."),
                 io.Int.Input("limit_mib", default=8192, min=0, max=1 << 20, optional=True, advanced=True,
-                             tooltip="Most host memory for all kept entries, in MiB. The least recently used leave first."),
+                             tooltip="Most host memory for all kept entries of all workflows, in MiB; that of the run that began last holds. "
+                                     "The least recently used leave first."),
             ],
             outputs=[
                 io.Model.Output("model", tooltip="The model that can read the references."),
@@ -56,10 +59,9 @@ class ApplyReferenceCache(io.ComfyNode):
         network = model.model.diffusion_model
         other = reference.other_side() if negative_reference is None else negative_reference
         for one in (*reference.references, *other.references):
-            if why := one.recipe.unfit(network):
+            if why := unfit(one.recipe, network):
                 raise ValueError(why)
-        BANK.limited(limit_mib * MIB)
-        attached = attach_references(model, Keeping(place, keep, storage), text_notifier(getattr(cls.hidden, "unique_id", None)))
+        attached = attach_references(model, Keeping(place, keep, storage, limit_mib * MIB), text_notifier(getattr(cls.hidden, "unique_id", None)))
         return io.NodeOutput(attached, with_references(positive, reference), with_references(negative, other))
 
 
@@ -147,8 +149,6 @@ class LoadReferenceCache(io.ComfyNode):
     @classmethod
     def execute(cls, name: str, weight: float = 1.0, start_percent: float = 0.0, end_percent: float = 1.0, reference=None) -> io.NodeOutput:
         check_numbers(cls, weight=weight, start_percent=start_percent, end_percent=end_percent)
-        if start_percent > end_percent:
-            raise ValueError(f"start_percent is {start_percent} and end_percent {end_percent}; the start must not lie behind the end")
         loaded = Handle(tuple(Reference(one, weight, start_percent, end_percent) for one in read(references_folder(), name)))
         return io.NodeOutput((reference or Handle()) + loaded)
 

@@ -1,5 +1,6 @@
 """Diffusion Templates for FLUX.2 klein: load one, and make a reference of numbers or of a picture with it."""
 from ..core.reference.bank import MIB
+from ..core.reference.inputs import image_of, samples_of
 from ..core.reference.templates import template_of
 from ..core.reference.templates.folder import find, names, stamp
 from ..core.reference.templates.image import WEIGHTS
@@ -148,11 +149,11 @@ class TemplateImage(io.ComfyNode):
 
 def pictures(image, vae, latent) -> list:
     """Each picture's latent, [1, C, h, w]."""
-    found = [] if latent is None else list(latent["samples"].split(1))
+    found = [] if latent is None else list(samples_of(latent).split(1))
     if image is not None:
         if vae is None:
             raise ValueError("an image came and no VAE to encode it; connect FLUX.2's VAE, or encode the picture and connect the latent")
-        found += list(vae.encode(image[..., :3]).split(1))
+        found += list(vae.encode(image_of(image)).split(1))
     return found
 
 

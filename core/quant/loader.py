@@ -15,11 +15,11 @@ from pathlib import Path
 import comfy.model_management
 import comfy.sd
 import comfy.utils
-import comfy_kitchen as ck
 import torch
 from torch import Tensor
 
 from . import transcode
+from .capabilities import capabilities
 from .detect import detect, without_prefix
 from .files import BadFile, WeightFile, open_file
 from .formats import layers_of
@@ -91,12 +91,9 @@ def load_file(file: WeightFile, settings: Settings, disable_dynamic: bool = Fals
 
 def abilities(device: torch.device) -> tuple[bool, frozenset[str]]:
     """(whether int8 products are fast, formats whose own products are)."""
-    if device.type != "cuda":
-        return False, frozenset()
-    backends = ck.list_backends().values()
-    fast = any("int8_linear" in backend["capabilities"] for backend in backends if backend["available"] and not backend["disabled"])
-    native = {"nvfp4"} if comfy.model_management.supports_nvfp4_compute(device) else set()
-    return fast, frozenset(native | ({"mxfp8"} if comfy.model_management.supports_mxfp8_compute(device) else set()) | {"convrot_w4a4"})
+    can = capabilities(device)
+    native = {"convrot_w4a4", *(form for form in ("nvfp4", "mxfp8") if can.nvfp4.fast), *(("SVDQuant int4",) if can.svdquant.fast else ())}
+    return can.int8.fast, frozenset(native)
 
 
 def stripped(file: WeightFile) -> tuple[WeightFile, str]:

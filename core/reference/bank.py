@@ -35,6 +35,10 @@ class Bank:
                 self.numbers[model] = next(self.next)
             return str(self.numbers[model])
 
+    def base(self, patcher) -> str:
+        """Names a model's weights with the patches (LoRA) on them, for as long as this process runs."""
+        return f"{self.token(patcher.model)}/{patcher.patches_uuid}"
+
     def get(self, key: Key) -> Entry | None:
         with self.lock:
             entry = self.entries.get(key.digest)
@@ -61,9 +65,11 @@ class Bank:
             self.pinned[digest] = [tensor for pair in kept.blocks.values() for tensor in pair if self.pin(tensor)]
         return True
 
-    def forget(self, key: Key) -> None:
+    def forget_reference(self, key: Key) -> None:
+        """Every entry of the key's reference, for whatever model, prompt and size it was made."""
         with self.lock:
-            self.drop(key.digest)
+            for digest in [digest for digest, entry in self.entries.items() if entry.key.reference == key.reference]:
+                self.drop(digest)
 
     def drop(self, digest: str) -> None:
         """With the lock held."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .entry import EXACT, Key, fingerprint
 from .handle import Facts
+from .inputs import check_latent, image_of
 from .prefill import Put, prefill, vector
 
 KINDS = ("spatial", "subject")
@@ -93,7 +94,7 @@ def read_adapter(tensors: Mapping[str, Tensor], digest: str, name: str) -> Adapt
 
 def prepared(image: Tensor, kind: str, size: int, padding: float) -> Tensor:
     """image: [B, H, W, 3], of which the first counts, to [1, size, size, 3]: squashed, or for a subject fitted and padded around."""
-    picture = image[:1, :, :, :3].movedim(-1, 1)
+    picture = image_of(image)[:1].movedim(-1, 1)
     if kind == "spatial":
         return common_upscale(picture, size, size, "bicubic", "disabled").clamp(0, 1).movedim(1, -1)
     height, width = picture.shape[-2:]
@@ -124,6 +125,7 @@ class EasyControl:
         if not 0 <= self.slot < len(self.adapter.slots):
             raise ValueError(f"slot {self.slot} was asked of {self.adapter.name}, which has {len(self.adapter.slots)}, counted from 0; "
                              "give every condition a slot that the adapter has")
+        check_latent(self.latent, "condition's latent", vae="FLUX's VAE")
         object.__setattr__(self, "content", fingerprint(self.latent))
 
     @property

@@ -15,6 +15,7 @@ EXACT = "exact"
 ROPES = ("none", "pre", "post")
 CARRIERS = ("kv", "lora", "text")
 FP8 = torch.float8_e4m3fn
+OF_REFERENCE = ("system", "content", "adapter", "slot", "class")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Key:
     @property
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(dict(sorted(self.fields.items()))).encode()).hexdigest()
+
+    @property
+    def reference(self) -> tuple:
+        """Which reference it is, whatever model, prompt or size it was encoded for."""
+        return tuple(self.fields.get(name) for name in OF_REFERENCE)
 
     def differing(self, other: "Key") -> list[str]:
         """The fields in which two keys are not the same."""

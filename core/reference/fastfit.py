@@ -16,9 +16,10 @@ from torch import Tensor
 
 from .entry import EXACT, Key, fingerprint
 from .handle import Facts
+from .inputs import check_latent
 from .prefill import Put
 from .unet_attention import CapturedAttention
-from .unet_blocks import attention_blocks, entry_bytes, level_tokens, name_of
+from .unet_blocks import attention_blocks, entry_bytes, halvings, level_tokens, name_of
 
 CLASSES = ("upper", "lower", "overall", "shoe", "bag")      # in the order of the checkpoint's embedding
 
@@ -37,7 +38,8 @@ class FastFitReference:
     def __post_init__(self):
         if self.label not in CLASSES:
             raise ValueError(f"the class of a garment is '{self.label}'; choose one of {', '.join(CLASSES)}")
-        if self.latent.ndim != 4 or self.latent.shape[0] != 1:
+        check_latent(self.latent, "garment's latent", vae="the VAE of SD 1.5")
+        if self.latent.shape[0] != 1:
             raise ValueError(f"a FastFit reference has one latent of 4 channels and a tensor of shape {list(self.latent.shape)} came; "
                              "give one image for each reference and encode it with the VAE of SD 1.5")
         if self.null:
@@ -65,6 +67,9 @@ class FastFitReference:
             return f"the FastFit checkpoint knows the classes {', '.join(CLASSES[:known])} and a reference is of class {self.label}; choose one that it knows"
         if self.latent.shape[1] != channels:
             return f"the FastFit model takes latents of {channels} channels and a reference has {self.latent.shape[1]}; encode it with the VAE of SD 1.5"
+        if min(self.size) < (least := 2 ** halvings(network)):
+            return (f"a garment of {self.size[1] * 8} x {self.size[0] * 8} pixels came and the FastFit model halves it to less than nothing; give it "
+                    f"{least * 8} x {least * 8} or more, best a height of 512")
         return ""
 
     def bytes(self, network, dtype: torch.dtype) -> int:

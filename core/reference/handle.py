@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .entry import Entry, Key
+from .foreign import foreign
 
 NAME = "reprise_references"     # of the entry in model_conds
 
@@ -71,6 +72,11 @@ class Recipe(Protocol):
         """What the negative gets where the user gives it nothing of its own."""
 
 
+def unfit(recipe: Recipe, network) -> str:
+    """Why this network cannot be served with a recipe, in a sentence; nothing where it can."""
+    return foreign(recipe.source, network) or recipe.unfit(network)
+
+
 @dataclass(frozen=True)
 class Reference:
     """A recipe in use. weight multiplies the attention that its tokens get: 1 is as trained, 0 is none; start and end are shares of the schedule."""
@@ -79,6 +85,15 @@ class Reference:
     weight: float = 1.0
     start: float = 0.0
     end: float = 1.0
+
+    def __post_init__(self):
+        if not self.start <= self.end:
+            raise ValueError(f"start_percent is {self.start:g} and end_percent {self.end:g}; the start must not lie behind the end")
+
+    @property
+    def acts(self) -> bool:
+        """At some sigma. A span that ends where it begins is none."""
+        return self.weight > 0 and self.start < self.end
 
     def other_side(self) -> "Reference | None":
         recipe = self.recipe.other_side()

@@ -1,8 +1,9 @@
 """What references come to on a model, in words, and which entries a run left of them."""
 from .bank import MIB, Bank
-from .entry import Entry
+from .entry import Entry, Key
 from .handle import Handle
-from .injector import Record, is_there, last_run
+from .injector import last_run
+from .run import Record, is_there
 from .stored import NONE, NULL, SAME, Stored, lasting
 
 
@@ -14,7 +15,7 @@ def last_of(model) -> tuple[Record | None, Bank]:
 
 
 def entries_of(model, recipe) -> list[Entry]:
-    """All that is there of a recipe: what it carries with it, or what the last run on the model encoded for it."""
+    """All that is there of a recipe: what it carries with it, or what is kept of those that the last run on the model used for it."""
     record, bank = last_of(model)
     if is_there(recipe):
         return [recipe.entry] if hasattr(recipe, "entry") else list(recipe.entries)
@@ -22,13 +23,39 @@ def entries_of(model, recipe) -> list[Entry]:
     return [entry for key in keys if (entry := bank.peek(key)) is not None]
 
 
+def to_save(model, recipe) -> list[Entry]:
+    """The same with keys that hold in another process: each names the weights it was made under, not those of `model`. All or a ValueError."""
+    entries = entries_of(model, recipe)
+    record, bank = last_of(model)
+    if is_there(recipe) or record is None:
+        return entries
+    if id(recipe) in record.passing:
+        raise ValueError(f"{recipe.source} was encoded while hooks, a bypass LoRA or replaced layers changed the model, which a file cannot be compared with; "
+                         "take these away and sample again")
+    wanted = len(record.keys.get(id(recipe), ()))
+    if entries and len(entries) < wanted:
+        raise ValueError(f"{wanted - len(entries)} of the {wanted} entries of {recipe.source} are no longer kept; raise limit_mib in Apply Reference Cache "
+                         f"above {bank.limit // MIB} and sample again")
+    return [lasting(entry, patcher_of(model, record, bank, entry.key, recipe.source)) for entry in entries]
+
+
+def patcher_of(model, record: Record, bank: Bank, key: Key, source: str):
+    """The ModelPatcher that an entry was made under: `model`, or the one that the run had."""
+    base, held = key.fields.get("base"), record.patchers.get(key.fields.get("base"))
+    for patcher in (model, None if held is None else held()):
+        if patcher is not None and base in (None, bank.base(patcher)):
+            return patcher
+    raise ValueError(f"{source} was encoded on a model with other LoRAs than the one that came, and that is gone; connect the model that goes into the sampler "
+                     "and sample again")
+
+
 def stored(model, handle: Handle) -> list[Stored]:
     """The handle's references as they are saved, those of which nothing is there left out."""
     found = []
     for reference in handle.references:
         recipe, other = reference.recipe, reference.recipe.other_side()
-        entries = [lasting(entry, model) for entry in entries_of(model, recipe)]
-        nulls = [lasting(entry, model) for entry in entries_of(model, other)] if other not in (None, recipe) else []
+        entries = to_save(model, recipe)
+        nulls = to_save(model, other) if other not in (None, recipe) else []
         if entries and other not in (None, recipe) and not nulls:
             raise ValueError(f"what the negative gets of {recipe.source} was not encoded or is not kept; sample with cfg above 1 before you save it")
         side = SAME if other is recipe else NULL if nulls else NONE

@@ -53,6 +53,10 @@ class Buffers:
             self.patches[key] = make()
         return self.patches[key]
 
+    def forget(self, lent) -> None:
+        """No patch holds an entry that left the run."""
+        self.patches = {key: patch for key, patch in self.patches.items() if not any(id(lent) in ids for _, *ids in key)}
+
     def room(self, role: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         key = (role, shape, like.dtype, like.device)
         if key not in self.rooms:

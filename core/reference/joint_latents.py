@@ -85,6 +85,8 @@ def unplaced(latents, method: str | None, default: str) -> str:
     if any(latent.ndim != 4 or latent.shape[0] != 1 for latent in latents):
         shape = "x".join(str(size) for size in next(latent for latent in latents if latent.ndim != 4 or latent.shape[0] != 1).shape)
         return f"a reference latent of shape {shape} came and mode 'exact' expects one picture each; give every picture a Set Reference Latent of its own"
+    if not all(latent.isfinite().all() for latent in latents):
+        return "a reference latent has values that are no numbers; mend what made it, a VAE in 16 bits for example"
     method = method or default
     if method not in BY_INDEX:
         return f"the references are placed by '{method}' and mode 'exact' expects 'index'; choose it in Edit Model Reference Method, or mode 'freeze'"

@@ -18,6 +18,7 @@ from ..families import family_of
 from ..memory import enlarged, image_tokens
 from . import injector
 from .bank import MIB
+from .foreign import foreign
 from .freezing import Call, Freezing
 from .handle import NAME, CONDReferences, Handle, Reference, handle_of
 from .joint_latents import JointLatents, not_joint, unplaced
@@ -145,7 +146,7 @@ class Run:
     def exact(self, carrying: list[dict], options: dict, shape) -> int:
         """The latents off the conditions, a reference for the injector on them. All or none, so that both sides of guidance are of one kind."""
         network, real = self.network, self.patcher.model
-        why = not_joint(network)
+        why = foreign("a reference latent", network) or not_joint(network)
         if not why and type(real)._apply_model is not comfy.model_base.BaseModel._apply_model:
             why = f"{type(real).__name__} places its tokens in a way of its own"
         for cond in () if why else carrying:
@@ -167,6 +168,8 @@ class Run:
 
     def freeze(self, carrying: list[dict], options: dict, shape) -> int:
         network, settings = self.network, self.settings
+        if why := foreign("a reference latent", network):
+            return self.in_full(why)
         found = leaving(family_of(network))
         if found is None:
             return self.in_full(f"mode 'freeze' knows FLUX, Qwen-Image, Krea 2 and Z-Image Omni, and the model is {type(network).__name__}")

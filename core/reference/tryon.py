@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .fastfit_unet import LATENT_CHANNELS
+from .inputs import check_latent, image_of, mask_of
 
 MULTIPLE = 8        # pixels to a latent one
 
@@ -23,7 +24,7 @@ def scaled(image: Tensor, height: int, width: int) -> Tensor:
 
 def sharp(mask: Tensor, height: int, width: int) -> Tensor:
     """A MASK [H, W] or [B, H, W] as [B, height, width] of zeros and ones."""
-    mask = mask.reshape(-1, 1, *mask.shape[-2:]).float()
+    mask = mask_of(mask)[:, None].float()
     return (F.interpolate(mask, (height, width), mode="bilinear") if mask.shape[-2:] != (height, width) else mask)[:, 0].round()
 
 
@@ -42,7 +43,7 @@ def like(what: str, tensor: Tensor, batch: int) -> Tensor:
 
 def shown(person: Tensor, mask: Tensor, pose: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The picture [B, H, W, 3] that is encoded for the model, and the mask at the size of its latent [B, 1, H / 8, W / 8]."""
-    person = person[..., :3]
+    person = image_of(person)
     batch, height, width = person.shape[:3]
     rows, columns = cropped(height), cropped(width)
     inside = like("masks", sharp(mask, height, width), batch)[:, rows, columns]
@@ -50,23 +51,28 @@ def shown(person: Tensor, mask: Tensor, pose: Tensor | None = None) -> tuple[Ten
     if pose is None:
         drawn = torch.full_like(person, 0.5)
     else:
-        drawn = like("poses", scaled(pose[..., :3], height, width), batch)[:, rows, columns] / 2 + 0.5
+        drawn = like("poses", scaled(image_of(pose, "pose"), height, width), batch)[:, rows, columns] / 2 + 0.5
     picture = torch.where(inside[..., None] > 0, drawn, person)
     return picture, F.interpolate(inside[:, None], scale_factor=1 / MULTIPLE, mode="nearest")
 
 
 def encoded(vae, picture: Tensor) -> Tensor:
     """The latent [B, 4, h, w] of a picture."""
+    height, width = picture.shape[1:3]
+    if min(height, width) < MULTIPLE:
+        raise ValueError(f"a picture of {width} x {height} pixels came and the VAE makes one latent pixel of {MULTIPLE} x {MULTIPLE}; give a larger one, "
+                         "FastFit was trained at 384 x 512 and above")
     latent = vae.encode(picture)
     if latent.ndim != 4 or latent.shape[1] != LATENT_CHANNELS:
         raise ValueError(f"the VAE gives a latent of shape {list(latent.shape)} and FastFit takes [images, {LATENT_CHANNELS}, height, width]; "
                          "load the VAE of SD 1.5")
+    check_latent(latent, "VAE's latent")
     return latent
 
 
 def framed(image: Tensor, height: int) -> Tensor:
     """A garment [B, H, W, C] as large as it goes into 3 x 4 of this height, centred on white; at height 0 as it is."""
-    image = image[..., :3]
+    image = image_of(image)
     if not height:
         return image
     width = height * 3 // 4
@@ -80,8 +86,8 @@ def framed(image: Tensor, height: int) -> Tensor:
 
 def pasted(result: Tensor, person: Tensor, mask: Tensor, feather: int = 0) -> Tensor:
     """`result` inside of the mask and `person` outside of it, with a ramp of `feather` pixels to either side of the edge."""
-    batch = len(result)
-    person, result = like("images of the person", person[..., :3], batch), result[..., :3]
+    result, batch = image_of(result, "result"), len(result)
+    person = like("images of the person", image_of(person), batch)
     height, width = person.shape[1:3]
     inside = like("masks", sharp(mask, height, width), batch)[..., None]
     if feather:

@@ -45,6 +45,11 @@ def attention_blocks(network, height: int, width: int) -> Iterator[tuple[Place, 
                     yield (*place, index), block, high * wide
 
 
+def halvings(network) -> int:
+    """How often a UNet halves what comes into it."""
+    return sum(isinstance(layer, Downsample) for layers in network.input_blocks for layer in layers)
+
+
 def level_tokens(height: int, width: int) -> tuple[int, ...]:
     """Tokens of a latent at every resolution that a UNet of any depth may have."""
     counts = [height * width]

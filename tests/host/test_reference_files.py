@@ -1,8 +1,10 @@
 """Saved references: whole or refused, and used with what they were made for alone."""
 import copy
+import gc
 import json
 import struct
 
+import comfy.hooks
 import comfy.sample
 import pytest
 import torch
@@ -14,7 +16,7 @@ from test_easycontrol import condition
 from pack.core.reference.bank import Bank
 from pack.core.reference.entry import Entry, Key
 from pack.core.reference.files import names, read, write
-from pack.core.reference.handle import Handle, Reference, with_references
+from pack.core.reference.handle import Handle, Reference, handle_of, with_references
 from pack.core.reference.injector import Keeping, attach_references
 from pack.core.reference.inspect import described, stored
 from pack.core.reference.ready import Ready
@@ -116,6 +118,66 @@ def test_the_print_of_weights_is_the_same_loaded_and_patched_and_another_with_an
     sample(one, "flux")
     assert weights_print(one) == before
     assert len({before, weights_print(other), weights_print(patcher)}) == 3
+
+
+def with_lora(patcher, size: float = 0.01):
+    clone = patcher.clone()
+    key = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+    clone.add_patches({key: ("diff", (torch.full_like(patcher.model.state_dict()[key], size),))}, 1.0)
+    return clone
+
+
+def test_a_file_names_the_weights_that_sampled_whichever_model_comes_to_the_node(tmp_path):
+    """Apply Reference Cache, then a LoRA, then the sampler, with Save Reference Cache on the first."""
+    handle = Handle((Reference(condition(model("flux").model.diffusion_model)),))
+    attached = attach_references(model("flux"), bank=Bank())
+    tuned = with_lora(attached)
+    latent = sample(tuned, "flux", **conditions(handle))
+    for name, connected in (("first", attached), ("last", tuned)):
+        write(tmp_path, name, stored(connected, handle))
+        again = attach_references(with_lora(model("flux")), bank=Bank())
+        assert torch.equal(sample(again, "flux", **conditions(loaded(tmp_path, name))), latent)
+        with pytest.raises(ValueError, match=r"made for another model, or the model with other LoRAs \(base: "):
+            sample(attach_references(model("flux"), bank=Bank()), "flux", **conditions(loaded(tmp_path, name)))
+
+
+def test_what_was_encoded_on_a_model_that_is_gone_is_not_saved_under_another_one_s_name():
+    handle = Handle((Reference(condition(model("flux").model.diffusion_model)),))
+    attached = attach_references(model("flux"), bank=Bank())
+    sample(with_lora(attached), "flux", **conditions(handle))
+    gc.collect()
+    with pytest.raises(ValueError, match="was encoded on a model with other LoRAs than the one that came, and that is gone; connect the model that goes into"):
+        stored(attached, handle)
+
+
+def test_a_file_that_is_saved_again_keeps_the_weights_that_it_was_made_for(saved, tmp_path):
+    again, attached = loaded(saved[0], "cat"), attach_references(model("flux"), bank=Bank())
+    sample(attached, "flux", **conditions(again))
+    write(tmp_path, "copy", stored(with_lora(attached), again))
+    assert torch.equal(sample(attach_references(model("flux"), bank=Bank()), "flux", **conditions(loaded(tmp_path, "copy"))), saved[2])
+
+
+def test_a_set_of_which_a_part_left_the_bank_is_not_saved():
+    bank, handle = Bank(), Handle((Reference(condition(model("flux").model.diffusion_model)),))
+    attached = attach_references(model("flux"), bank=bank)
+    sample(attached, "flux", **conditions(handle))
+    bank.limited(bank.bytes * 2 // 3)
+    assert len(bank) == 1
+    with pytest.raises(ValueError, match="^1 of the 2 entries of EasyControl random, spatial, 64 x 64 are no longer kept; raise limit_mib in Apply Reference"):
+        stored(attached, handle)
+
+
+def test_what_was_encoded_under_a_hook_on_one_side_is_not_saved_as_if_the_other_were_all():
+    conds = conditions(Handle((Reference(condition(model("flux").model.diffusion_model)),)))
+    handle = handle_of({"model_conds": conds["positive"][0][1]["model_conds"]})
+    down, up = torch.ones(1, 128), torch.ones(384, 1)
+    name = "diffusion_model.double_blocks.0.img_attn.qkv"
+    hooks = comfy.hooks.create_hook_lora({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, 0.01, 0.0)
+    conds["positive"] = comfy.hooks.set_hooks_for_conditioning(conds["positive"], hooks)
+    attached = attach_references(model("flux"), bank=Bank())
+    sample(attached, "flux", **conds)
+    with pytest.raises(ValueError, match="was encoded while hooks, a bypass LoRA or replaced layers changed the model"):
+        stored(attached, handle)
 
 
 def rewritten(path, change):

@@ -180,8 +180,8 @@ def test_the_scalar_node_gives_each_side_its_own_values(folder):
     assert len(joined.references) == 2 and len(joined.other_side().references) == 1
     with pytest.raises(ValueError, match="value is nan; it must lie between"):
         execute(templates.TemplateScalar, template, float("nan"))
-    with pytest.raises(ValueError, match="start is 0.5 and end 0.5; the start must lie before the end"):
-        execute(templates.TemplateScalar, template, start_percent=0.5, end_percent=0.5)
+    with pytest.raises(ValueError, match="^start_percent is 0.6 and end_percent 0.5; the start must not lie behind the end$"):
+        execute(templates.TemplateScalar, template, start_percent=0.6, end_percent=0.5)
 
 
 class Encoder:

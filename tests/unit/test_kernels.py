@@ -137,9 +137,13 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
         return probe
 
-    _triton.usable.cache_clear()
+    def forget():
+        _triton.usable.cache_clear()
+        _triton.failure.cache_clear()
+
+    forget()
     yield stand_in
-    _triton.usable.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((8, 9), True), ((12, 0), True)])

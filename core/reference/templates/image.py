@@ -21,6 +21,7 @@ from torch import Tensor
 from ..bank import MIB, Bank
 from ..entry import Entry, fingerprint
 from ..injector import BANK
+from ..inputs import check_latent
 from ..prefill import Put
 from .base import Shapes, WrongTemplate, check_width, entry_of, in_order, key_of, seen
 from .file import File
@@ -49,11 +50,12 @@ class Capture:
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """depth: double- and single-stream blocks; weights: a name of WEIGHTS."""
+    """depth: double- and single-stream blocks; text: channels of a token of the prompt; weights: a name of WEIGHTS."""
 
     file: File
     depth: tuple[int, int]
     width: int
+    text: int
     weights: str = "default"
 
     name, options = "image", ("weights",)
@@ -83,7 +85,7 @@ class Image:
             if shape != size(module, width, text):
                 raise WrongTemplate(f"{file.name}: {module}.weight is {list(shape)} where {list(size(module, width, text))} belongs; "
                                     "load an image template for FLUX.2 klein")
-        return cls(file, tuple(sum(block.startswith(kind) for block in blocks) for kind in ("double", "single")), width, weights)
+        return cls(file, tuple(sum(block.startswith(kind) for block in blocks) for kind in ("double", "single")), width, text, weights)
 
     @cached_property
     def patcher(self):
@@ -110,6 +112,9 @@ class Image:
         text: [1, N, C], a prompt as the text encoder gives it; latents: [1, 128, h, w] each, as the VAE gives them.
         """
         check_latents(latents)
+        if text.shape[-1] != self.text:
+            raise ValueError(f"a prompt of {text.shape[-1]} channels came and {self.file.name} reads {self.text}; encode the prompt with FLUX.2 klein's "
+                             "own text encoder")
         inputs = " ".join(fingerprint(tensor) for tensor in (text, *latents))
         source = f"template {self.file.name}, {', '.join(f'{latent.shape[-1] * 16} x {latent.shape[-2] * 16}' for latent in latents)}"
         key = key_of(self.file, inputs, f"{' '.join(self.file.types)} as {self.weights}")
@@ -141,9 +146,7 @@ def check_latents(latents: Sequence[Tensor]) -> None:
     if not latents:
         raise ValueError("an image template wants a picture; connect an image and FLUX.2's VAE, or a latent")
     for latent in latents:
-        if latent.ndim != 4 or latent.shape[1] != CHANNELS:
-            raise ValueError(f"a latent of shape {list(latent.shape)} came where FLUX.2 has [1, {CHANNELS}, height / 16, width / 16]; "
-                             "encode the picture with FLUX.2's VAE")
+        check_latent(latent, channels=CHANNELS, vae="FLUX.2's VAE")
 
 
 def evaluate(patcher, text: Tensor, latents: Sequence[Tensor], capture: Capture) -> None:

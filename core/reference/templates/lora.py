@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...knob import shown
+from ..foreign import foreign
 from .base import Shapes, WrongTemplate, seen
 from .file import File
 
@@ -106,6 +107,8 @@ def chosen(text: str, count: int) -> list[int]:
 
 def unfit(model, lora: Mapping[str, Tensor], source: str) -> str:
     """Why a model cannot take this LoRA, in a sentence; the host would leave such layers out."""
+    if why := foreign(source, model.model.diffusion_model):
+        return why
     known, kind = comfy.lora.model_lora_keys_unet(model.model, {}), type(model.model).__name__
     layers = [key.removesuffix(".lora_down.weight") for key in lora if key.endswith(".lora_down.weight")]
     if strange := [layer for layer in layers if layer not in known]:

@@ -6,8 +6,6 @@ from ..ready import Ready
 
 def referred(entry: Entry, null: Entry | None = None, weight: float = 1.0, start: float = 0.0, end: float = 1.0, before: Handle | None = None) -> Handle:
     """An entry as a reference, behind those that are there. null: what the negative gets of it."""
-    if start >= end:
-        raise ValueError(f"start is {start:g} and end {end:g}; the start must lie before the end")
     for reference in (before or Handle()).references:
         if why := conflict(reference.recipe, entry):
             raise ValueError(why)
