@@ -1,6 +1,6 @@
 """Compiles what every case of every kernel launches, for every GPU and without one. Prints one JSON line for each.
 
-    python -m benchmarks._compiled FOLDER [bf16]        FOLDER for what the tools need; bf16: in that type alone
+    python -m benchmarks._compiled FOLDER [table]       FOLDER for what the tools need; table: large cases alone, in bf16
 
 A program of its own, as Triton either compiles or interprets in a process. `bench kernels --compile-only` and the tests run it.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-THOROUGH = (89,)    # here small cases and all types too; elsewhere the large cases in bf16
+THOROUGH = 89       # here small cases too, in the first type of a kernel, and large ones in all; elsewhere large ones in the last, bf16
 REDUCING = ("arith.remsi", "arith.remui", "arith.andi")     # of something by a constant: below that
 MATRIX = r"[HIQO](?:G?MMA)(?:\.[\w.]+)?|UTC[HIQO]MMA(?:\.[\w.]+)?|UTMALDG(?:\.\w+)*"
 
@@ -35,7 +35,7 @@ def rows(*arguments: str) -> list[dict]:
     with tempfile.TemporaryDirectory(prefix="reprise-") as folder:
         variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(Path(folder) / "cache")}
         command = [sys.executable, "-m", "benchmarks._compiled", folder, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables, timeout=600, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables, timeout=1800, check=False)
     if done.returncode:
         raise RuntimeError(f"the kernels do not compile:\n{done.stderr[-4000:]}")
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -50,8 +50,17 @@ def broken(row: dict, limits) -> list[str]:
     for name in ("registers", "shared_bytes"):
         if arch not in limits.unlimited and row[name] > getattr(limits, name):
             said.append(f"{name} is {row[name]}, more than {getattr(limits, name)}")
+    if row["scratch_bytes"]:
+        said.append(f"it wants {row['scratch_bytes']} bytes of scratch, which takes an allocator for the whole process")
     has = row["instruction"].split()
     return said + [f"no {wanted} in it" for wanted in limits.instructions.get(arch, ()) if not any(one.startswith(wanted) for one in has)]
+
+
+def wanted(kernel, case, arch: int) -> tuple:
+    """The types that a case is compiled in."""
+    if case.small:
+        return kernel.dtypes[:1] if arch == THOROUGH else ()
+    return kernel.dtypes if arch == THOROUGH else kernel.dtypes[-1:]
 
 
 def narrow(ttir: str) -> list[str]:
@@ -75,7 +84,7 @@ def narrow(ttir: str) -> list[str]:
     return found
 
 
-def main(folder: Path, types: list[str]) -> None:
+def main(folder: Path, options: list[str]) -> None:
     from testbed import inprocess
 
     inprocess.leave_root()
@@ -123,16 +132,14 @@ def main(folder: Path, types: list[str]) -> None:
         registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
         found = re.findall(rf"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?({MATRIX})\s", tool("-sass"), re.M) if "dot" in made.asm["ttir"] else []
         return {"registers": registers, "stack_bytes": stack, "local_bytes": local, "shared_bytes": made.metadata.shared,
-                "instruction": " ".join(sorted(set(found)))}
+                "scratch_bytes": made.metadata.global_scratch_size, "instruction": " ".join(sorted(set(found)))}
 
     drift.SAMPLE = 200      # so that the small cases have strides
     known = {}
     for arch in ARCHITECTURES:
         for kernel in KERNELS:
             for case in kernel.cases:
-                if case.small and arch not in THOROUGH:
-                    continue
-                for dtype in kernel.dtypes if arch in THOROUGH and "bf16" not in types else kernel.dtypes[-1:]:
+                for dtype in wanted(kernel, case, 0 if "table" in options else arch):
                     for made in compiled(kernel, case, dtype, arch):
                         if made.hash not in known:
                             known[made.hash] = looked_at(made)

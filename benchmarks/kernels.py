@@ -92,12 +92,12 @@ def written(rows: list[dict], file: Path) -> None:
 
 
 def compile_only() -> int:
-    """What every kernel takes in registers, stack, local and shared memory on every GPU, in bf16, and which matrix instruction is in it."""
+    """What every kernel takes on every GPU at its real sizes in bf16, and which matrix instruction is in it."""
     if reason := _compiled.missing():
         print(f"Nothing can be compiled: {reason}.")
         return 1
     limits, over = {kernel.name: kernel.limits for kernel in KERNELS}, 0
-    found = _compiled.rows("bf16")
+    found = _compiled.rows("table")
     for row in found:
         said = _compiled.broken(row, limits[row["kernel"]])
         over += bool(said)

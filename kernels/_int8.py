@@ -35,12 +35,12 @@ def scale_of(b_magnitude):
 
 
 @triton.jit
-def row_scale(b_x):
-    """b_x: [N] in fp32, zeros where there is no channel. Returns the scale of the row."""
-    return scale_of(magnitude(b_x))
+def code(b_x, scale):
+    return nearest(tl.minimum(tl.maximum(b_x / scale, -128.0), 127.0))
 
 
 @triton.jit
-def code(b_x, scale):
-    # Adding 1.5 * 2^23 rounds to the nearest, halves to even, for whatever is below 2^22, and leaves the integer in the lowest bits.
-    return (b_x / scale + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+def nearest(b_q):
+    """b_q: in fp32, from -128 to 127. Returns int8, halves to even."""
+    # Adding 1.5 * 2^23 rounds so, for whatever is below 2^22, and leaves the integer in the lowest bits.
+    return (b_q + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)

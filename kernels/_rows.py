@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._hadamard import GROUP, places, rotate, rotated
-from ._int8 import code, coded, magnitude, row_scales, scale_of
+from ._int8 import coded, magnitude, nearest, row_scales, scale_of
 from ._triton import tl, triton
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -59,10 +59,6 @@ def pieces(channels: int) -> dict[str, int]:
 def batch_stride(row: Tensor | None) -> int:
     """From one picture's row to the next one's; 0 where one serves all."""
     return 0 if row is None or row.shape[0] == 1 else row.stride(0)
-
-
-def triton_type(dtype: torch.dtype):
-    return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 def codes_like(tokens: Tensor, channels: int) -> tuple[Tensor, Tensor]:
@@ -187,7 +183,7 @@ def store_codes(row, codes, scales, number, channels, ROTATION: tl.constexpr, PI
     scale = scale_of(b_most)
     tl.store(scales + number, scale)
     for i in tl.static_range(PIECES):
-        b_codes = code(turned[i], scale)
+        b_codes = nearest(turned[i] / scale)      # the scale is the row's own, so nothing lies beyond it
         if ROTATION:
             at = i * PIECE + places(PIECE)
             tl.store(codes + number * channels + at, tl.reshape(b_codes, (PIECE // 4, 4)), mask=at < channels)

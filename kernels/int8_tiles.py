@@ -21,21 +21,23 @@ class Row:
     tile: Tile
     rows: int | None = None         # at most so many rows of x that have one gate; None: any number
     columns: int | None = None      # at most so many rows of the weight
+    crowded: bool | None = None     # where what follows the product takes many registers, or where it does not
     architectures: tuple[int, ...] | None = None    # None: all
 
-    def fits(self, architecture: int, rows: int, columns: int) -> bool:
+    def fits(self, architecture: int, rows: int, columns: int, crowded: bool) -> bool:
         return (self.rows is None or rows <= self.rows) and (self.columns is None or columns <= self.columns) and (
-            self.architectures is None or architecture in self.architectures)
+            self.crowded in (None, crowded)) and (self.architectures is None or architecture in self.architectures)
 
 
 USUAL = Tile(128, 128, 128, 8, 3)
 TABLE = (
     Row(Tile(16, 128, 128, 4, 3), rows=16),                             # one row for each picture, as of modulation
+    Row(Tile(64, 64, 128, 8, 3), crowded=True),
     Row(Tile(64, 128, 128, 8, 3), rows=128),
     Row(Tile(64, 128, 128, 8, 3), rows=512, columns=4096),              # text by itself
     Row(USUAL),
 )
 
 
-def tile(architecture: int, rows: int, columns: int) -> Tile:
-    return next(row.tile for row in TABLE if row.fits(architecture, rows, columns))
+def tile(architecture: int, rows: int, columns: int, crowded: bool = False) -> Tile:
+    return next(row.tile for row in TABLE if row.fits(architecture, rows, columns, crowded))

@@ -113,7 +113,7 @@ def _qkv_rope_kernel(
         b_first, b_second = tl.split(tl.reshape(b_x, (HEADS, BLOCK // 2, 2)))
         b_first, b_second = tl.join(b_first, b_first), tl.join(b_second, b_second)
         entry = tl.arange(0, 2 * BLOCK).to(tl.int64)
-        b_table = tl.load(table + (batch * table_batch + (first + token) * table_token) + entry, mask=entry < 2 * channels, other=0.0)
+        b_table = tl.load(table + (batch * table_batch + (first + token) * table_token) + entry, mask=entry < channels + channels, other=0.0)
         b_of_first, b_of_second = tl.split(tl.reshape(b_table, (BLOCK, 2)))
         b_x = b_of_first[None, :] * tl.reshape(b_first, (HEADS, BLOCK)) + b_of_second[None, :] * tl.reshape(b_second, (HEADS, BLOCK))
         b_out = b_x.to(TYPE)

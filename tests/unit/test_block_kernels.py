@@ -70,6 +70,7 @@ def test_a_row_of_zeros_has_codes_of_zero_and_a_scale_that_can_be_divided_by():
     assert not codes[1, 2].any() and codes[0, 0].any() and scales[1, 2] == torch.tensor(1e-30)
 
 
+@needs_triton
 def test_rows_are_cut_so_that_all_channels_are_held_and_registers_are_enough():
     for channels in (*range(1, 700), *range(700, 1 + _rows.LONGEST, 253), 3072, 3840, 6144, 10240, 12288, 15360, 24576, _rows.LONGEST):
         cut = _rows.pieces(channels)

@@ -81,7 +81,9 @@ def exact(given: dict) -> torch.Tensor:
 @needs_triton
 @pytest.mark.parametrize("case", [case for case in int8_linear.INT8_LINEAR.cases if case.small], ids=lambda case: case.name)
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)], ids=["float32", "bfloat16"])     # the interpreter cuts bf16 off
-def test_the_int8_linear_layer_is_exact_but_for_rounding_its_result(case, dtype, most):
+@pytest.mark.parametrize("arch", [89, 90])      # told of its tiles by descriptors of the kernel, or of the host
+def test_the_int8_linear_layer_is_exact_but_for_rounding_its_result(case, dtype, most, arch, monkeypatch):
+    monkeypatch.setattr(int8_linear, "architecture", lambda device: arch)
     torch.manual_seed(4)
     given = int8_linear.inputs(case.shape, **case.sizes, dtype=dtype, device="cpu")
     true = exact(given)
@@ -119,7 +121,8 @@ def test_every_size_has_a_tile_and_large_products_have_the_usual_one():
             for columns in (16, 3072, 21504):
                 assert tile(arch, rows, columns) in [row.tile for row in TABLE]
         assert tile(arch, 4352, 3072) is tile(arch, 4352, 21504) is USUAL and tile(arch, 1, 3072).m == 16
-    assert TABLE[-1].fits(0, 1 << 30, 1 << 30)
+        assert tile(arch, 4352, 3072, crowded=True).n == 64
+    assert TABLE[-1].fits(0, 1 << 30, 1 << 30, False)
 
 
 def test_rows_that_do_not_begin_on_16_bytes_are_left_to_torch():
