@@ -15,7 +15,7 @@ import comfy_kitchen
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ....kernels._triton import usable
+from ....kernels._triton import failure, hindrance
 from ...families import family_of
 from ...families.base import module_at
 from .scope import Record, Scope
@@ -107,12 +107,13 @@ def scope_of(settings: Settings, record: Record, network, x, options: dict) -> S
         record.reason = "torch.compile fuses these operations itself"
         return None
     device = x.device if isinstance(x, torch.Tensor) else torch.device("cpu")
-    kernels = settings.forced or usable(device)
+    why = "" if settings.forced else hindrance(device) or failure(device)
+    kernels = not why
     kitchen = is_fast(device) if settings.kitchen is None else settings.kitchen
     if not kernels and not kitchen:
-        record.reason = f"Triton does not work on {device.type}, and neither does comfy_kitchen's fast int8 product"
+        record.reason = why
         return None
-    record.reason = "" if kernels else "Triton does not work here, so that only comfy_kitchen's own GELU is used"
+    record.reason = f"{why}, so comfy_kitchen's int8 product with GELU inside is all that is used" if why else ""
     alone = not options.get("patches_replace", {}).get("dit") and not options.get("patches")
     return Scope(record, int8, kernels, kitchen, settings.layers == "all", alone)
 
