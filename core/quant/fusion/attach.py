@@ -17,7 +17,6 @@ from comfy.patcher_extension import WrappersMP
 
 from ....kernels._triton import failure, hindrance
 from ...families import family_of
-from ...families.base import module_at
 from .scope import Record, Scope
 from .sites import SITES, replaced, replacements
 from .weights import int8, of_norm
@@ -26,6 +25,7 @@ log = logging.getLogger("reprise")
 KEY = "reprise.fused_kernels"
 RUN = "reprise.fused_kernels.run"
 COMPILE = "torch.compile"       # the key of the host's wrapper that swaps compiled modules in
+COMPILED = "the model is compiled, and torch.compile fuses these operations itself"
 LAYERS = ("all", "int8")
 
 
@@ -64,7 +64,7 @@ def outer_sample(executor, *args, **kwargs):
     attachment = options.get("transformer_options", {}).get(KEY)
     if attachment is None:      # a guider that took the wrappers along but not the options
         return executor(*args, **kwargs)
-    record = Record(reason="the network was not evaluated")
+    record = Record(reason=COMPILED if by_compile(options["transformer_options"]) else "the network was not evaluated")
     guider.model_options = comfy.model_patcher.create_model_options_clone(options)
     guider.model_options["transformer_options"][RUN] = record
     try:
@@ -103,8 +103,8 @@ def scope_of(settings: Settings, record: Record, network, x, options: dict) -> S
     if family is None or family.name not in SITES:
         record.reason = f"{type(network).__name__} is of no family that has fused kernels; FLUX, FLUX.2, Z-Image and Lumina 2 are"
         return None
-    if compiled(network, family.name, options):
-        record.reason = "torch.compile fuses these operations itself"
+    if by_compile(options) or not record.evaluations and compiled(network):
+        record.reason = COMPILED
         return None
     device = x.device if isinstance(x, torch.Tensor) else torch.device("cpu")
     why = "" if settings.forced else hindrance(device) or failure(device)
@@ -118,11 +118,14 @@ def scope_of(settings: Settings, record: Record, network, x, options: dict) -> S
     return Scope(record, int8, kernels, kitchen, settings.layers == "all", alone)
 
 
-def compiled(network, family: str, options: dict) -> bool:
-    if any(entries for entries in (kind.get(COMPILE) for kind in options.get("wrappers", {}).values()) if entries):
-        return True
-    blocks = [block for site in SITES[family] for block in module_at(network, site.stack) or ()]
-    return any(type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None for module in (network, *blocks))
+def by_compile(options: dict) -> bool:
+    """Whether the host's own node has compiled the model or parts of it."""
+    return any(kind.get(COMPILE) for kind in options.get("wrappers", {}).values())
+
+
+def compiled(network) -> bool:
+    """Whether some of it was compiled by other means; a forward of ours inside would be compiled anew for each evaluation."""
+    return any(type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None for module in network.modules())
 
 
 def is_fast(device: torch.device) -> bool:

@@ -17,10 +17,14 @@ from torch import Tensor
 # What is answered without computing: sizes and types are known.
 METADATA = {
     getattr(Tensor, name).__get__ for name in (
-        "shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda", "is_cpu", "is_mps", "is_meta", "is_sparse", "is_quantized", "is_nested", "itemsize",
+        "shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda", "is_cpu", "is_mps", "is_meta", "is_sparse", "is_quantized", "is_nested",
+        "itemsize",
     )
-} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex, torch.is_complex,
-     Tensor.element_size, Tensor.get_device}
+} | {
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex,
+    torch.is_complex, Tensor.element_size, Tensor.get_device,
+}
+RULES: dict = {}        # operation -> rule; rules.py fills it. An operator of torch.ops stands there by its name
 
 
 class Deferred(torch.Tensor):
@@ -50,7 +54,7 @@ class Deferred(torch.Tensor):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        rule = rule_of(func)
+        rule = RULES.get(func) or RULES.get(getattr(func, "_qualified_op_name", None))
         made = None if rule is None else rule(args, kwargs)
         if made is not None:
             return made
@@ -63,12 +67,6 @@ class Deferred(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         """For whatever came past __torch_function__, as C++ does."""
         return func(*plain(args), **plain(kwargs or {}))
-
-
-def rule_of(func):
-    from .rules import RULES, rule_of_operator
-
-    return RULES.get(func) or rule_of_operator(func)
 
 
 def told(thing) -> None:

@@ -1,4 +1,4 @@
-"""A linear layer on an expression: the expression straight to int8 codes and the int8 product, where the weight is int8; one pass over the tokens where it is not.
+"""A linear layer on an expression: straight to int8 codes and the int8 product where the weight is int8, one pass over the tokens where it is not.
 
     norm, modulation                            modulate_int8
     residual, norm, modulation                  gated_residual_int8         FLUX
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 

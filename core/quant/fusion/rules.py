@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .deferred import Deferred, pending
+from .deferred import RULES, Deferred, pending
 from .expressions import Activation, Joined, Norm, Once, Packed, Product, Residual, Scaled, Silu
 from .products import product
 
@@ -19,7 +19,8 @@ def is_plain(thing) -> bool:
 
 def is_row(row, of) -> bool:
     """[B or 1, 1, C] in the type of `of`, [B, N, C]."""
-    return is_plain(row) and row.ndim == 3 and row.dtype is of.dtype and row.device == of.device and row.shape[0] in (1, of.shape[0]) and row.shape[1:] == (1, of.shape[2])
+    return (is_plain(row) and row.ndim == 3 and row.dtype is of.dtype and row.device == of.device
+            and row.shape[0] in (1, of.shape[0]) and row.shape[1:] == (1, of.shape[2]))
 
 
 def both(args: tuple, kwargs: dict) -> tuple:
@@ -126,13 +127,10 @@ def normed_and_turned(args: tuple, kwargs: dict):
     return q, Deferred(scope, Once(k))
 
 
-RULES = {
+RULES |= {
     **dict.fromkeys((Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul), multiplied),
     **dict.fromkeys((Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, torch.add), added),
     torch.addcmul: scaled_and_shifted, torch.cat: joined, F.silu: silu, F.linear: linear,
-    torch.split: split, torch.functional.split: split, Tensor.view: viewed, Tensor.unsqueeze: unsqueezed, Tensor.repeat: repeated, Tensor.flatten: flattened,
+    "comfy_kitchen::rms_rope": normed_and_turned, torch.split: split, torch.functional.split: split, Tensor.view: viewed,
+    Tensor.unsqueeze: unsqueezed, Tensor.repeat: repeated, Tensor.flatten: flattened,
 }
-
-
-def rule_of_operator(func):
-    return normed_and_turned if getattr(func, "_qualified_op_name", "") == "comfy_kitchen::rms_rope" else None
