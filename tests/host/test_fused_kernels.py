@@ -28,7 +28,9 @@ def expected(name: str) -> dict[str, int]:
                 "K or V not copied": 2 * every}
     doubles, singles = len(net.double_blocks), len(net.single_blocks)
     act = "swiglu" if net.params.mlp_ratio == 3.0 else "gelu"
-    return {"norm+modulate+int8": 3, "residual+norm+modulate+int8": 4 * doubles - 2 + singles - 1, f"{act}+int8": 2 * doubles, f"{act}+cat+int8": singles}
+    turned = {"norm+cat+rope of q and k": doubles, "norm+rope of q and k": singles}
+    return turned | {
+        "norm+modulate+int8": 3, "residual+norm+modulate+int8": 4 * doubles - 2 + singles - 1, f"{act}+int8": 2 * doubles, f"{act}+cat+int8": singles}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,8 +7,6 @@
     norm, modulation, before any other weight   modulate
 
 The host's layer has cast the weight by then, patched it and brought it to the GPU; nothing of that is done again here.
-Q and K's norm and rotation stay the host's. Its FLUX code takes q and k apart, norms, joins and turns them in eight steps, between
-which other nodes' attention patches read them, so a Deferred would have to live through all of them for one kernel.
 """
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import heads
 from .deferred import RULES, Deferred, pending
 from .expressions import Activation, Joined, Norm, Once, Packed, Product, Residual, Scaled, Silu
 from .products import product
@@ -62,9 +63,14 @@ def added(args: tuple, kwargs: dict):
 
 def joined(args: tuple, kwargs: dict):
     """torch.cat((attention, activation), 2)"""
-    if len(args) != 2 or kwargs or args[1] not in (2, -1) or len(args[0]) != 2:
+    given = dict(zip(("parts", "dim"), args, strict=False)) | kwargs
+    if given.keys() != {"parts", "dim"} or len(given["parts"]) != 2:
         return None
-    beside, deferred = args[0]
+    beside, deferred = given["parts"]
+    if given["dim"] == 2 and pending(beside, heads.Normed):
+        return heads.joined(given["parts"])
+    if given["dim"] not in (2, -1):
+        return None
     activation = pending(deferred, Activation)
     fits = activation and is_plain(beside) and beside.ndim == 3 and beside.dtype is activation.dtype and beside.shape[:-1] == activation.shape[:-1]
     return Deferred(deferred.scope, Joined(beside, activation)) if fits else None
@@ -83,17 +89,23 @@ def linear(args: tuple, kwargs: dict):
     return product(deferred, weight, bias)
 
 
-# Z-Image's keys and values, which the host copies once for each head of q that shares them, also where none does --------
+# packed q, k and v: Z-Image's keys and values, which the host copies once for each head of q that shares them, also where none does --------
 def split(args: tuple, kwargs: dict):
+    """FLUX splits what is not q, k and v off first."""
     packed = pending(args[0], Packed)
     sizes = args[1] if len(args) == 2 else ()
-    if packed is None or set(kwargs) != {"dim"} or kwargs["dim"] != -1 or not isinstance(sizes, (list, tuple)) or len(sizes) != 3:
+    if packed is None or set(kwargs) != {"dim"} or kwargs["dim"] != -1 or not isinstance(sizes, (list, tuple)) or len(sizes) not in (2, 3):
         return None
+    if len(sizes) == 2:
+        first, second = packed.like.split(tuple(sizes), -1)
+        return [Deferred(args[0].scope, Packed(first)), second]
     q, k, v = packed.like.split(tuple(sizes), -1)
     return [q, *(Deferred(args[0].scope, Once(part)) for part in (k, v))]
 
 
 def viewed(args: tuple, kwargs: dict):
+    if (packed := pending(args[0], Packed)) and not kwargs:
+        return heads.viewed(args[0].scope, packed, args[1:])
     once = pending(args[0], Once)
     return Deferred(args[0].scope, Once(once.like.view(*args[1:]))) if once and not kwargs and not once.unsqueezed else None
 

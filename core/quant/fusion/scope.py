@@ -65,6 +65,7 @@ class Scope:
     kitchen: bool = False
     every: bool = True
     open: bool = False
+    turning: bool = False       # q and k may wait for their positions, in the block that runs
 
     def takes(self, x) -> bool:
         """Whether an expression may be made of x. Under torch.compile and where gradients are wanted all is plain."""

@@ -14,18 +14,20 @@ from torch import nn
 from ...families.base import module_at
 from .deferred import Deferred, plain
 from .expressions import Activation, Norm, Packed, Product, Silu
+from .heads import norms
 from .scope import Scope
 
 
 @dataclass(frozen=True)
 class Site:
-    """Paths in each block of `stack`; a block that lacks one is without it. packed: a product of q, k and v whose k and v are copied once."""
+    """Paths in each block of `stack`; a block that lacks one is without it. packed: a product of q, k and v. qk_norms: norms of q and k."""
 
     stack: str
     norms: tuple[str, ...] = ()
     activations: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     packed: tuple[str, ...] = ()
+    qk_norms: tuple[str, ...] = ()
 
 
 JOINT = {
@@ -34,8 +36,9 @@ JOINT = {
 SITES = {       # family -> sites
     "flux": (
         Site("double_blocks", norms=("img_norm1", "txt_norm1", "img_norm2", "txt_norm2"), activations=("img_mlp.1", "txt_mlp.1"),
-             outputs=("img_attn.proj", "img_mlp", "txt_attn.proj", "txt_mlp")),
-        Site("single_blocks", norms=("pre_norm",), activations=("mlp_act",), outputs=("linear2",)),
+             outputs=("img_attn.proj", "img_mlp", "txt_attn.proj", "txt_mlp"), packed=("img_attn.qkv", "txt_attn.qkv"),
+             qk_norms=("img_attn.norm", "txt_attn.norm")),
+        Site("single_blocks", norms=("pre_norm",), activations=("mlp_act",), outputs=("linear2",), packed=("linear1",), qk_norms=("norm",)),
     ),
     "nextdit": (Site("noise_refiner", **JOINT), Site("layers", **JOINT)),
 }
@@ -47,7 +50,7 @@ def replacements(scope: Scope, sites: tuple[Site, ...], network: nn.Module, weig
     for site in sites:
         for block in module_at(network, site.stack) or ():
             scope.record.blocks += 1
-            for paths, make in ((site.norms, norm), (site.activations, activation), (site.outputs, output), (site.packed, packed)):
+            for paths, make in ((site.norms, norm), (site.activations, activation), (site.outputs, output), (site.packed, packed), (site.qk_norms, norms)):
                 for module in (module_at(block, path) for path in paths):
                     if module is not None and (forward := make(scope, module, weight)) is not None:
                         yield module, forward
@@ -64,7 +67,7 @@ def norm(scope: Scope, module: nn.Module, weight: Callable):
     def forward(x, *args, **kwargs):
         if args or kwargs or not scope.takes(x) or x.shape[-1] != module.normalized_shape[0]:
             return before(x, *args, **kwargs)
-        eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+        eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps      # what torch takes for none, also in 16 bits
         return Deferred(scope, Norm(x, before, rms, eps, lend))
     return forward
 
@@ -107,6 +110,7 @@ def ending(scope: Scope, block: nn.Module):
     alone = "forward" not in vars(block) and not block._forward_hooks and not block._forward_pre_hooks
 
     def forward(*args, **kwargs):
+        scope.turning = scope.kernels and scope.every and scope.open and kwargs.get("pe") is not None
         result = before(*args, **kwargs)
         return result if scope.open and alone and vars(block).get("forward") is forward else plain(result)
     return forward
