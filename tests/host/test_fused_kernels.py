@@ -11,7 +11,7 @@ from test_threads_and_compile import compiled
 
 from benchmarks import _pictures as bench
 from pack.core.families.base import module_at
-from pack.core.quant.fusion import attach, products, rules
+from pack.core.quant.fusion import attach, heads, products, rules
 from pack.core.quant.fusion.attach import LAYERS, Settings, attach_fused_kernels
 from pack.core.quant.fusion.sites import SITES
 from pack.nodes.fused_kernels import FusedKernels as Node
@@ -108,6 +108,13 @@ def test_a_wrong_modulation_is_seen_before_full_layers(monkeypatch):
     right = products.modulate
     monkeypatch.setattr(products, "modulate", lambda *args, **options: right(*args, **options) * 1.5)
     assert relative(sample(fused(model("flux")), "flux", steps=1), sample(model("flux"), "flux", steps=1)) > 0.01
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_queries_that_are_wrongly_turned_are_seen(name, monkeypatch):
+    right = heads.qkv_rope
+    monkeypatch.setattr(heads, "qkv_rope", lambda *args, **options: [part * 2 for part in right(*args, **options)])
+    assert relative(sample(fused(model(name)), name, steps=1), sample(model(name), name, steps=1)) > 0.01
 
 
 def test_keys_that_are_wrongly_not_copied_are_seen(monkeypatch):

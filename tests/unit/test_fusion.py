@@ -1,5 +1,6 @@
 """What is recorded of the host's operations, which kernel computes it, and how modules get their forward back."""
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -217,12 +218,30 @@ def test_a_residual_goes_from_block_to_block_where_nobody_looks_and_is_computed_
             between = network.blocks[0](x, row(1))
             assert (pending(between, Residual) is not None) == open_
             assert torch.equal(plain(between), true)
-            network.blocks[0].register_forward_hook(lambda *_: None)
-        with patched(network, s):
-            assert type(network.blocks[0](x, row(1))) is torch.Tensor       # a hook looks
-        network.blocks[1].forward = Block.forward.__get__(network.blocks[1])
-        with patched(network, s):
-            assert type(network.blocks[1](x, row(1))) is torch.Tensor       # another node's forward
+
+
+
+WATCHED = {
+    "a hook": lambda block: block.register_forward_hook(lambda *_: None),
+    "a hook before": lambda block: block.register_forward_pre_hook(lambda *_: None),
+    "another node's forward": lambda block: setattr(block, "forward", partial(lambda before, *args: before(*args), block.forward)),
+}
+
+
+@pytest.mark.parametrize(("name", "within"), [*((name, False) for name in WATCHED), ("another node's forward", True)])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_block_that_somebody_watches_gets_and_gives_plain_tensors(name, within, which):
+    """within: a Step Cache, say, that comes in after the kernels."""
+    network, s = stack(), scope(open=True)
+    if not within:
+        WATCHED[name](network.blocks[which])
+    with patched(network, s):
+        if within:
+            WATCHED[name](network.blocks[which])
+        between = network.blocks[0](rows(0), row(1))
+        assert type(between) is torch.Tensor
+        if which == 1:
+            assert within or type(network.blocks[1](between, row(1))) is torch.Tensor
 
 
 def test_with_gradients_all_is_plain():

@@ -17,6 +17,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ....kernels._triton import failure, hindrance
 from ...families import family_of
+from .deferred import plain
 from .scope import Record, Scope
 from .sites import SITES, replaced, replacements
 from .weights import int8, of_norm
@@ -94,7 +95,7 @@ def diffusion_model(executor, *args, **kwargs):
     with replaced(pairs):
         result = executor(*args, **kwargs)
     record.evaluations += 1
-    return result
+    return plain(result)
 
 
 def scope_of(settings: Settings, record: Record, network, x, options: dict) -> Scope | None:

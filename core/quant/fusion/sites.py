@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import nn
@@ -48,13 +49,15 @@ HALVES = "SiLUActivation"       # the host's, of FLUX.2: silu of the first half 
 def replacements(scope: Scope, sites: tuple[Site, ...], network: nn.Module, weight: Callable) -> Iterator[tuple[nn.Module, Callable]]:
     """(module, what is to be its forward for one evaluation). weight: (norm module, tensor) -> its weight, lent."""
     for site in sites:
-        for block in module_at(network, site.stack) or ():
+        blocks = list(module_at(network, site.stack) or ())
+        ours = {block: untouched(block) for block in blocks}     # and then, where it is, the forward that it got
+        for block, after in zip_longest(blocks, blocks[1:]):
             scope.record.blocks += 1
             for paths, make in ((site.norms, norm), (site.activations, activation), (site.outputs, output), (site.packed, packed), (site.qk_norms, norms)):
                 for module in (module_at(block, path) for path in paths):
                     if module is not None and (forward := make(scope, module, weight)) is not None:
                         yield module, forward
-            yield block, ending(scope, block)
+            yield block, ending(scope, block, after, ours)
 
 
 def norm(scope: Scope, module: nn.Module, weight: Callable):
@@ -104,15 +107,24 @@ def packed(scope: Scope, module: nn.Module, weight: Callable):
     return output(scope, module, weight, Packed)
 
 
-def ending(scope: Scope, block: nn.Module):
-    """What leaves a block is computed, unless the next to see it is another of these blocks, or the host's own code after the last."""
+def untouched(block: nn.Module) -> bool:
+    """Whether no other node wraps or watches it."""
+    return "forward" not in vars(block) and not block._forward_hooks and not block._forward_pre_hooks
+
+
+def ending(scope: Scope, block: nn.Module, after: nn.Module | None, ours: dict):
+    """What leaves a block is computed, unless nobody but the block after it sees it, or the host's own code after the last."""
     before = block.forward
-    alone = "forward" not in vars(block) and not block._forward_hooks and not block._forward_pre_hooks
+
+    def held(one) -> bool:
+        return ours[one] and vars(one).get("forward") is ours[one]
 
     def forward(*args, **kwargs):
         scope.turning = scope.kernels and scope.every and scope.open and kwargs.get("pe") is not None
         result = before(*args, **kwargs)
-        return result if scope.open and alone and vars(block).get("forward") is forward else plain(result)
+        return result if scope.open and held(block) and (after is None or held(after)) else plain(result)
+    if ours[block]:
+        ours[block] = forward
     return forward
 
 
