@@ -11,6 +11,7 @@ from ._triton import tl, triton
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 LONGEST = 1 << 15       # channels of a row that one program holds
+WIDEST = 1 << 13        # of a piece of one: 1024 threads
 
 
 # for wrappers ----------------------------------------------------------------------------------------------------------
@@ -42,17 +43,18 @@ def fits(channels: int, *tensors: Tensor | None) -> bool:
         tensor.dtype in FLOATS and tensor.numel() > 0 and tensor.stride(-1) == 1 and tensor.device == there[0].device for tensor in there)
 
 
-def pieces(channels: int) -> dict[str, int]:
+def pieces(channels: int, itemsize: int) -> dict[str, int]:
     """Into how many pieces of which width a row goes, and the warps for 8 channels of each piece in each thread.
 
     Widths are powers of 2: with several pieces less is left empty than with one, 3072 channels being 3 times 1024 but three quarters of 4096.
-    More than 4 pieces do not fit into 64 registers.
+    More than 4 pieces do not fit into 64 registers, and of fp32 hardly more than one: its addresses take more of them.
     """
-    if channels <= 1024:
-        widths = [max(triton.next_power_of_2(channels), GROUP)]
+    whole = max(triton.next_power_of_2(channels), GROUP)
+    if whole <= 1024 or itemsize > 2:
+        width = min(whole, WIDEST)
     else:
-        widths = [width for width in (1024, 2048, 4096) if channels <= 4 * width] or [8192]
-    width = min(widths, key=lambda width: (triton.cdiv(channels, width) * width, abs(triton.cdiv(channels, width) - 2)))
+        widths = [width for width in (1024, 2048, 4096) if channels <= 4 * width] or [WIDEST]
+        width = min(widths, key=lambda width: (triton.cdiv(channels, width) * width, abs(triton.cdiv(channels, width) - 2)))
     return {"PIECES": triton.cdiv(channels, width), "PIECE": width, "num_warps": width // 256}
 
 

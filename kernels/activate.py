@@ -91,7 +91,7 @@ def fused(a, b, attention, rotation: bool) -> tuple[Tensor, Tensor]:
     strides = [stride for tensor in (a, b, attention) for stride in ((0, 0) if tensor is None else tensor.stride()[:2])]
     with torch.cuda.device_of(a):
         _activate_kernel[(tokens, batch)](
-            a, b, attention, codes, scales, channels, codes.shape[-1] - channels, *strides, ROTATION=rotation, **pieces(codes.shape[-1]))
+            a, b, attention, codes, scales, channels, codes.shape[-1] - channels, *strides, ROTATION=rotation, **pieces(codes.shape[-1], a.element_size()))
     return codes, scales
 
 

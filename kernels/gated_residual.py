@@ -66,7 +66,7 @@ def fused(x, y, gate, scale, shift, rotation: bool, eps: float, one_plus: bool) 
         _gated_residual_kernel[(tokens, batch)](
             x, y, gate, scale, shift, residual, codes, scales, channels, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
             batch_stride(gate), batch_stride(scale), batch_stride(shift), eps,
-            ONE_PLUS=int(one_plus), ROTATION=rotation, **pieces(channels))
+            ONE_PLUS=int(one_plus), ROTATION=rotation, **pieces(channels, x.element_size()))
     return residual, codes, scales
 
 

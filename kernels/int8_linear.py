@@ -178,14 +178,13 @@ INT8_LINEAR = Kernel(
     cases=(
         Case("one row, no bias", (1, 48), K=256, bias=False),
         Case("odd sides, gelu", (7, 51), K=272, gelu=True),
-        Case("several tiles", (69, 130), K=256),
+        Case("several tiles", (69, 144), K=256),
         Case("three gates", (3 * 21, 70), K=128, gates=3),
         Case("gelu, residual alone", (17, 65), K=144, gelu=True, residual=True),
         Case("FLUX hidden", (3, 128), K=3072, gates=1),
         Case("FLUX linear2", (2, 64), K=15360),
         Case("FLUX qkv 1024px", (4352, 9216), K=3072),
         Case("FLUX mlp.0 1024px", (4352, 12288), K=3072, gelu=True),
-        Case("FLUX linear2 1024px", (4352, 3072), K=15360, gates=1),
-        Case("FLUX text proj, two pictures", (512, 3072), K=3072, gates=2),
+        Case("FLUX linear2 1024px, two pictures", (8704, 3072), K=15360, gates=2),
     ),
 )

@@ -96,7 +96,7 @@ def launch(x, scale, shift, weight, y, codes, scales, rotation: bool, rms: bool,
     with torch.cuda.device_of(x):
         _modulate_kernel[(tokens, batch)](
             x, scale, shift, weight, y, codes, scales, channels, x.stride(0), x.stride(1), batch_stride(scale), batch_stride(shift), eps,
-            RMS=rms, ONE_PLUS=int(one_plus), ROTATION=rotation, **pieces(channels))
+            RMS=rms, ONE_PLUS=int(one_plus), ROTATION=rotation, **pieces(channels, x.element_size()))
 
 
 def fused(x: Tensor, scale: Tensor, shift: Tensor | None, weight: Tensor | None, rms: bool, eps: float, one_plus: bool) -> Tensor:

@@ -45,7 +45,7 @@ def fused(x: Tensor, rotation: bool) -> tuple[Tensor, Tensor]:
     codes, scales = fake(x, rotation)
     channels = x.shape[-1]
     with torch.cuda.device_of(x):
-        _quantize_kernel[(x.numel() // channels,)](x, codes, scales, channels, ROTATION=rotation, **pieces(channels))
+        _quantize_kernel[(x.numel() // channels,)](x, codes, scales, channels, ROTATION=rotation, **pieces(channels, x.element_size()))
     return codes, scales
 
 

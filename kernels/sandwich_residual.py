@@ -69,7 +69,7 @@ def fused(x, y, gate, after, before, scale, rotation: bool, eps: float, one_plus
         _sandwich_residual_kernel[(tokens, batch)](
             x, y, gate, after, before, scale, residual, codes, scales, channels, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
             batch_stride(gate), batch_stride(scale), eps,
-            ONE_PLUS=int(one_plus), ROTATION=rotation, **pieces(channels))
+            ONE_PLUS=int(one_plus), ROTATION=rotation, **pieces(channels, x.element_size()))
     return residual, codes, scales
 
 

@@ -18,10 +18,12 @@ GROUPS = (
     "template_carriers",
     "reference_latents",
     "quantized",
+    "gguf",
     "quantization_report",
     "fused_kernels",
     "attention_backend",
     "doctor",
+    "modulation_cache",
 )
 
 

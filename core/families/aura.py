@@ -8,4 +8,5 @@ AURA = Family(
         Stack("double_layers", inputs=("c", "x"), stream="x", returns=("c", "x"), joined=("c", "x")),
         Stack("single_layers", inputs=("cx",), stream="cx", returns=("cx",), joined=("cx",)),
     ),
+    modulation=("double_layers.*.modC", "double_layers.*.modX", "single_layers.*.modCX", "modF"),
 )

@@ -1,4 +1,5 @@
 """What the rest of the pack may know about a model family: names and layout, as data."""
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -157,6 +158,9 @@ class Family:
     # TeaCache's modulated input of the first block, from the block and a function that gives its arguments by name
     modulated: Callable[[object, Callable[[str], Tensor]], Tensor] | None = None
     kind: str = "transformer"           # or "unet", which has no stacks; a level that reaches into the network is for one of them
+    # Paths of the modules that make shifts, scales and gates of one vector, * being a number; not every model has all of them.
+    # No network of the family writes into that vector or into what they return.
+    modulation: tuple[str, ...] = ()
 
     def matches(self, diffusion_model) -> bool:
         kind = type(diffusion_model)
@@ -177,6 +181,11 @@ class Family:
     def always_run(self, network) -> int:
         """Number of blocks that no level of this family skips."""
         return sum(len(module_at(network, name) or ()) for name in self.always)
+
+    def modulations(self, network) -> list[str]:
+        """Paths of the modules of a network that make shifts, scales and gates."""
+        paths = re.compile("|".join(re.escape(path).replace(r"\*", r"\d+") for path in self.modulation))
+        return [path for path, _ in network.named_modules() if self.modulation and paths.fullmatch(path)]
 
     def modulated_input(self, stack: Stack, block, args: tuple, kwargs: dict) -> Tensor:
         try:

@@ -10,4 +10,5 @@ CHROMA = Family(
     models=("comfy.ldm.chroma.model:Chroma", "comfy.ldm.chroma_radiance.model:ChromaRadiance"),
     stacks=(DOUBLE, SINGLE),
     modulated=modulated,
+    modulation=("distilled_guidance_layer",),
 )

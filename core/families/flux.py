@@ -19,4 +19,8 @@ def modulated(block, argument) -> Tensor:
     return block.img_norm1(argument("img")) * (1 + first.scale[:, :1]) + first.shift[:, :1]
 
 
-FLUX = Family(name="flux", models=("comfy.ldm.flux.model:Flux",), stacks=(DOUBLE, SINGLE), modulated=modulated)
+MODULATION = ("double_blocks.*.img_mod", "double_blocks.*.txt_mod", "single_blocks.*.modulation", "final_layer.adaLN_modulation")
+SHARED = ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")      # by all blocks of FLUX.2
+
+FLUX = Family(
+    name="flux", models=("comfy.ldm.flux.model:Flux",), stacks=(DOUBLE, SINGLE), modulated=modulated, modulation=(*MODULATION, *SHARED))

@@ -16,4 +16,5 @@ HIDREAM_I1 = Family(
     ),
     # TeaCache takes the time embedding, which no block sees; this is that plus the pooled text, constant over a run
     modulated=lambda block, argument: argument("adaln_input"),
+    modulation=("double_stream_blocks.*.block.adaLN_modulation", "single_stream_blocks.*.block.adaLN_modulation", "final_layer.adaLN_modulation"),
 )

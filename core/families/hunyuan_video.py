@@ -5,7 +5,7 @@ A reference frame is joined before the video tokens, and byT5 and vision tokens 
 from torch import Tensor
 
 from .base import Family
-from .flux import DOUBLE, SINGLE
+from .flux import DOUBLE, MODULATION, SINGLE
 
 
 def modulated(block, argument) -> Tensor:
@@ -15,4 +15,5 @@ def modulated(block, argument) -> Tensor:
 
 
 HUNYUAN_VIDEO = Family(
-    name="hunyuan_video", models=("comfy.ldm.hunyuan_video.model:HunyuanVideo",), stacks=(DOUBLE, SINGLE), modulated=modulated)
+    name="hunyuan_video", models=("comfy.ldm.hunyuan_video.model:HunyuanVideo",), stacks=(DOUBLE, SINGLE), modulated=modulated,
+    modulation=MODULATION)

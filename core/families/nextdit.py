@@ -10,4 +10,5 @@ NEXTDIT = Family(
     stacks=(Stack("layers", inputs=("x", "x_mask", "freqs_cis", "adaln_input"), stream="x", returns=("x",), joined=("x",)),),
     always=("noise_refiner", "context_refiner", "siglip_refiner"),
     modulated=lambda block, argument: argument("adaln_input"),      # TeaCache takes the time embedding here
+    modulation=("layers.*.adaLN_modulation", "noise_refiner.*.adaLN_modulation", "final_layer.adaLN_modulation"),
 )

@@ -7,4 +7,5 @@ QWEN_IMAGE = Family(
     stacks=(Stack(
         "transformer_blocks", inputs=("hidden_states", "encoder_hidden_states"), stream="hidden_states",
         returns=("encoder_hidden_states", "hidden_states"), joined=("encoder_hidden_states", "hidden_states")),),
+    modulation=("transformer_blocks.*.img_mod", "transformer_blocks.*.txt_mod"),
 )

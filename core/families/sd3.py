@@ -6,4 +6,5 @@ SD3 = Family(
     models=("comfy.ldm.modules.diffusionmodules.mmdit:OpenAISignatureMMDITWrapper",),
     stacks=(Stack("joint_blocks", inputs=("context", "x"), stream="x", returns=("context", "x"), joined=("context", "x")),),
     wrapped=False,
+    modulation=("joint_blocks.*.context_block.adaLN_modulation", "joint_blocks.*.x_block.adaLN_modulation", "final_layer.adaLN_modulation"),
 )

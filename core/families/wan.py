@@ -25,4 +25,5 @@ WAN = Family(
     ),
     warm_up=2,      # the first steps lay out the motion, of each of Wan 2.2's experts too: TeaCache and MagCache keep them
     modulated=lambda block, argument: argument("e"),    # TeaCache takes the projected time embedding here
+    modulation=("time_projection",),
 )

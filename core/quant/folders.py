@@ -30,6 +30,11 @@ def model_path(name: str, kind: str = "diffusion_models") -> Path:
     return Path(path)
 
 
+def embeddings() -> list[str]:
+    """The folders of textual inversions, which text encoders read."""
+    return folder_paths.get_folder_paths("embeddings")
+
+
 def stamp(name: str, kind: str = "diffusion_models") -> str:
     """Another text as soon as the file is another one; it is not opened."""
     path = folder_paths.get_full_path(with_gguf(kind), name)

@@ -26,6 +26,7 @@ class Layer:
     nbytes: int                                     # in the file
     host: dict[str, Tensor] | None = None
     packed: Callable[[torch.dtype], Tensor] | None = None
+    packed_int8: Callable[[torch.dtype], Tensor] | None = None      # the same, computing through int8 codes
     transcode: bool = False                         # packed, and better turned into the format that computes than kept: Q8_0
 
     def rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:

@@ -21,7 +21,7 @@ from .sensitive import is_sensitive, matches
 from .transcode import TRANSCODERS
 
 COMPUTE = ("auto", "int8", "fp8", "bf16", "host")
-TARGETS = ("stored", *TRANSCODERS, "full", "packed")
+TARGETS = ("stored", *TRANSCODERS, "full", "packed", "packed int8")
 FULL = ("bf16", "fp16", "fp32")
 MOST = 1 << 22      # bytes of a plan file
 
@@ -63,7 +63,7 @@ def target(layer: Layer, compute: str, fast_int8: bool, native: frozenset[str]) 
     if compute == "host":
         return "stored" if layer.host is not None else "packed" if layer.packed is not None else "full"
     if layer.packed is not None and not layer.transcode:
-        return "packed"
+        return "packed int8" if compute == "int8" and layer.packed_int8 is not None else "packed"
     if compute == "bf16":
         return "stored" if layer.format in FULL else "full"
     if compute == "int8" and layer.format == "int8_tensorwise":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import transcode
 from .layer import Layer
 from .loader import METADATA
+from .svdquant.header import SAID
 
 NETWORK = "diffusion_model."
 TRANSCODED = "reprise.transcoded"
@@ -28,7 +29,8 @@ def save(patcher, path: Path) -> dict[str, str]:
     comfy.model_management.load_models_gpu([patcher], force_patch_weights=True)
     sd, turned = state_dict(patcher)
     metadata = {"format": "pt", **(patcher.get_attachment(METADATA) or {})}
-    metadata.pop("_quantization_metadata", None)    # every layer carries its own mark
+    for said in ("_quantization_metadata", *SAID):      # every layer carries its own mark
+        metadata.pop(said, None)
     if turned:
         metadata[TRANSCODED] = json.dumps(turned)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,8 +57,8 @@ def state_dict(patcher) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not isinstance(getattr(module, "weight", None), QuantizedTensor) or part in WHOLE:
             sd[key] = patched(patcher, key, module, tensor)
         elif part == "weight":
-            if module.quant_format not in QUANT_ALGOS:
-                turned[name] = module.quant_format
+            if was := getattr(module, "stored_as", None):
+                turned[name] = was
             sd |= {name + end: piece for end, piece in quantized(patched(patcher, key, module, module.weight), name, stored).items()}
         bar.update_absolute(done)
     return {key: plain(tensor) for key, tensor in sd.items()}, turned
@@ -71,6 +73,11 @@ def patched(patcher, key: str, module: nn.Module, tensor: Tensor) -> Tensor:
 
 def quantized(weight: Tensor, name: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
     """A layer under the host's suffixes; one that the host does not know as int8."""
+    if hasattr(weight.layout_cls, "int8"):      # a layout of ours that computes as int8
+        codes, scales = weight.layout_cls.int8(weight._qdata, weight._params)
+        group = transcode.rotation(weight.shape[1])
+        turned = {"convrot": True, "convrot_groupsize": group} if group else {}
+        return {".weight": codes, ".weight_scale": scales, ".comfy_quant": transcode.marker(format="int8_tensorwise", **turned)}
     if weight._layout_cls not in HOST:
         whole = weight.detach().to("cpu").dequantize()
         layer = Layer(name=name, format=weight._layout_cls, shape=tuple(whole.shape), unpack=lambda start, stop: whole[start:stop], nbytes=0)

@@ -110,7 +110,8 @@ def rows_of(run: Run, model, x: Tensor, context: Tensor | None, options: dict, e
     if hooks is not None:   # keyframes may give them another strength on every step
         weights += "".join(f"/{id(hook)} {hook.strength}" for hook in hooks.hooks)
     # these change what layers compute and leave the token of the weights as it is
-    replaced = any(name.startswith("diffusion_model.") for name in getattr(patcher, "object_patches", ()))
+    replaced = any(name.startswith("diffusion_model.") and not getattr(value, "computes_the_same", False)
+                   for name, value in getattr(patcher, "object_patches", {}).items())
     lasting = hooks is None and not replaced and not getattr(patcher, "injections", None)
     pooled, guidance, shape = extra.get("y"), extra.get("guidance"), tuple(x.shape[-2:])
     uuids, conds = options.get("uuids") or [None], options.get("cond_or_uncond") or [0]

@@ -1,109 +1,24 @@
-"""Model files in every format, written without the readers of the pack, and the pictures that models of them draw."""
-import json
-from dataclasses import replace
+"""Models of the test bed as files of every format, and the pictures that they draw."""
 from itertools import islice
 from pathlib import Path
 
-import comfy_kitchen as ck
-import numpy as np
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 from torch import Tensor
 
 from benchmarks import _pictures as bench
-from testbed.arch import Z_IMAGE_DECOY
+from testbed import quantized
+from testbed.quantized import WRITERS, linear
 
 SUBJECTS = {"flux": bench.SUBJECTS[2], "z_image": bench.SUBJECTS[3]}    # those of drawn shapes, whose pictures are new every time
-KEPT = ("mod", "embed", "_in.", "img_in", "txt_in", "final_layer", "adaLN", *Z_IMAGE_DECOY)     # layers that makers of files leave alone
 
 
-def read(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The trained model `name` at full precision: its state dict, fp16, and the metadata."""
-    with safe_open(bench.MODELS / SUBJECTS[name].file, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})      # noqa: SIM118
-
-
-def linear(key: str, tensor: Tensor) -> bool:
-    return key.endswith(".weight") and tensor.ndim == 2 and not any(part in key for part in KEPT)
-
-
-def hadamard(size: int) -> np.ndarray:
-    """The regular Hadamard matrix of a power of four, orthogonal: an entry is -1 for an odd number of base-4 digits i + j = 3."""
-    at = np.arange(size)
-    signs = np.ones((size, size))
-    while size > 1:
-        signs *= np.where((at[:, None] % 4) + (at[None, :] % 4) == 3, -1.0, 1.0)
-        at, size = at // 4, size // 4
-    return signs / np.sqrt(len(at))
-
-
-def plain(weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {".weight": weight.to(dtype)}
-
-
-def mark(**conf) -> Tensor:
-    return torch.frombuffer(bytearray(json.dumps(conf).encode()), dtype=torch.uint8)
-
-
-def scaled_fp8(weight: Tensor, spelling: str, dtype=torch.float8_e4m3fn) -> dict[str, Tensor]:
-    scale = weight.float().abs().max() / torch.finfo(dtype).max
-    codes = (weight.float() / scale).to(dtype)
-    if spelling == "old":
-        return {".weight": codes, ".scale_weight": scale}
-    return {".weight": codes, ".weight_scale": scale, ".comfy_quant": mark(format=str(dtype).removeprefix("torch."))}
-
-
-def int8(weight: Tensor, group: int | None) -> dict[str, Tensor]:
-    """The host's int8, a scale for each row; with `group` rotated, where the layer is wide enough."""
-    values = weight.double().numpy()
-    group = group if group and values.shape[1] % group == 0 else None
-    if group:
-        values = (values.reshape(len(values), -1, group) @ hadamard(group).T).reshape(values.shape)
-    scale = np.abs(values).max(axis=1, keepdims=True) / 127
-    conf = {"convrot": True, "convrot_groupsize": group} if group else {}
-    codes = np.clip(np.rint(values / np.maximum(scale, 1e-30)), -127, 127).astype(np.int8)
-    return {".weight": torch.from_numpy(codes), ".weight_scale": torch.from_numpy(scale).float(), ".comfy_quant": mark(format="int8_tensorwise", **conf)}
-
-
-def by_kitchen(weight: Tensor, layout: str, form: str) -> dict[str, Tensor]:
-    """nvfp4 and mxfp8, by the package that defines them."""
-    codes, params = ck.tensor.get_layout_class(layout).quantize(weight.float())
-    if form == "nvfp4":
-        return {".weight": codes, ".weight_scale": params.block_scale, ".weight_scale_2": params.scale, ".comfy_quant": mark(format=form)}
-    return {".weight": codes, ".weight_scale": params.scale.view(torch.uint8), ".comfy_quant": mark(format=form)}
-
-
-WRITERS = {     # format as the loader tells it -> what one layer becomes
-    "bf16": lambda weight: plain(weight, torch.bfloat16),
-    "fp16": lambda weight: plain(weight, torch.float16),
-    "fp32": lambda weight: plain(weight, torch.float32),
-    "float8_e4m3fn": lambda weight: plain(weight, torch.float8_e4m3fn),
-    "float8_e5m2": lambda weight: plain(weight, torch.float8_e5m2),
-    "float8_e4m3fn scaled": lambda weight: scaled_fp8(weight, "new"),
-    "float8_e4m3fn scaled, old spelling": lambda weight: scaled_fp8(weight, "old"),
-    "float8_e5m2 scaled": lambda weight: scaled_fp8(weight, "new", torch.float8_e5m2),
-    "int8_tensorwise": lambda weight: int8(weight, None),
-    "int8_tensorwise, rotated": lambda weight: int8(weight, 64),
-    "nvfp4": lambda weight: by_kitchen(weight, "TensorCoreNVFP4Layout", "nvfp4"),
-    "mxfp8": lambda weight: by_kitchen(weight, "TensorCoreMXFP8Layout", "mxfp8"),
-}
+def read(name: str):
+    """The state dict, fp16, and the metadata."""
+    return quantized.read(SUBJECTS[name].file)
 
 
 def write(name: str, form: str, path: Path, in_header: bool = False) -> Path:
-    """The trained model in a format. `in_header`: the layers' marks stand in the metadata, as in many of ComfyUI's files."""
-    tensors, metadata = read(name)
-    made = {key: tensor for key, tensor in tensors.items() if not linear(key, tensor)}
-    for key, tensor in tensors.items():
-        if linear(key, tensor):
-            made |= {key.removesuffix(".weight") + end: part for end, part in WRITERS[form](tensor).items()}
-    if form.endswith("old spelling"):
-        made["scaled_fp8"] = torch.zeros(0, dtype=torch.float8_e4m3fn)
-    if in_header:
-        marks = {key.removesuffix(".comfy_quant"): json.loads(bytes(made.pop(key).numpy())) for key in [k for k in made if k.endswith(".comfy_quant")]}
-        metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": marks})
-    save_file({key: tensor.contiguous() for key, tensor in made.items()}, path, metadata=metadata)
-    return path
+    return quantized.write(SUBJECTS[name].file, form, path, in_header)
 
 
 def drawn(name: str, patcher, pictures: int = 2, steps: int = 20, cfg: float = 1.0) -> list[Tensor]:
@@ -113,8 +28,6 @@ def drawn(name: str, patcher, pictures: int = 2, steps: int = 20, cfg: float = 1
 
 
 def shifted(subject, patcher):
-    from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
-
     return patcher if subject.shift is None else ModelSamplingAuraFlow().patch_aura(patcher, subject.shift)[0]
 
 
@@ -123,4 +36,4 @@ def nearness(found: list[Tensor], true: list[Tensor]) -> float:
     return sum(bench.psnr(one, other) for one, other in zip(found, true, strict=True)) / len(true)
 
 
-__all__ = ["SUBJECTS", "WRITERS", "drawn", "nearness", "read", "replace", "write"]
+__all__ = ["SUBJECTS", "WRITERS", "bench", "drawn", "linear", "nearness", "read", "write"]

@@ -11,9 +11,10 @@ NODES = (
     "Reprise_EasyControlLoader", "Reprise_EasyControlCondition",
     "Reprise_FastFitLoader", "Reprise_FastFitPerson", "Reprise_FastFitReference", "Reprise_FastFitPasteBack",
     "Reprise_TemplateLoader", "Reprise_TemplateScalar", "Reprise_TemplateImage", "Reprise_TemplateLora", "Reprise_TemplateText",
-    "Reprise_ReferenceLatentCache",
+    "Reprise_ReferenceLatentCache", "Reprise_ModulationCache",
     "Reprise_ApplyReferenceCache", "Reprise_CombineReferenceCache", "Reprise_SaveReferenceCache", "Reprise_LoadReferenceCache",
     "Reprise_InspectReferenceCache", "Reprise_ClearReferenceCache",
+    "Reprise_QuantizedModelLoader", "Reprise_SaveQuantizedModel", "Reprise_QuantizationReport",
     "Reprise_AttentionBackend", "Reprise_Doctor", "Reprise_FusedKernels",
 )
 WORKFLOWS = sorted(file.stem for file in (ROOT / "workflows").glob("*.json"))

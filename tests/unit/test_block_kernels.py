@@ -25,7 +25,7 @@ def given(kernel, name: str, dtype=torch.bfloat16) -> dict:
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["FLUX, few tokens", "RMS, all, odd"])
+@pytest.mark.parametrize("name", ["FLUX, few tokens", "beyond a power of two"])
 def test_what_stays_in_bf16_is_rounded_once(name):
     arguments = given(MODULATE, name)
     norm = torch.nn.functional.rms_norm if arguments["rms"] else torch.nn.functional.layer_norm
@@ -46,6 +46,14 @@ def test_residuals_have_the_bits_of_a_sum_written_out(dtype):
     residual, _, _ = SANDWICH_RESIDUAL_INT8.fused(**arguments)
     y = torch.nn.functional.rms_norm(arguments["y"], arguments["y"].shape[-1:], arguments["after"], 1e-5)
     assert torch.equal(residual, arguments["x"] + arguments["gate"] * y)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", HALVES)
+def test_heads_are_rounded_between_norm_and_rotation_as_the_host_rounds_them(dtype):
+    arguments = given(QKV_ROPE, "FLUX, few tokens", dtype)
+    fused, reference = QKV_ROPE.fused(**arguments), QKV_ROPE.reference(**arguments)
+    assert (fused != reference).double().mean() < 1e-3
 
 
 @needs_triton
@@ -73,12 +81,13 @@ def test_a_row_of_zeros_has_codes_of_zero_and_a_scale_that_can_be_divided_by():
 @needs_triton
 def test_rows_are_cut_so_that_all_channels_are_held_and_registers_are_enough():
     for channels in (*range(1, 700), *range(700, 1 + _rows.LONGEST, 253), 3072, 3840, 6144, 10240, 12288, 15360, 24576, _rows.LONGEST):
-        cut = _rows.pieces(channels)
-        count, width, warps = cut["PIECES"], cut["PIECE"], cut["num_warps"]
-        assert count <= 4 and (count - 1) * width < channels <= count * width and width & (width - 1) == 0
-        assert width % _rows.GROUP == 0 and 1 <= warps <= 32 and width == 256 * warps
-    assert (_rows.pieces(3072)["PIECES"], _rows.pieces(3072)["PIECE"]) == (3, 1024)
-    assert (_rows.pieces(10240)["PIECES"], _rows.pieces(10240)["PIECE"]) == (3, 4096)
+        for itemsize in (2, 4):
+            cut = _rows.pieces(channels, itemsize)
+            count, width, warps = cut["PIECES"], cut["PIECE"], cut["num_warps"]
+            assert count <= 4 and (count - 1) * width < channels <= count * width and width & (width - 1) == 0
+            assert width % _rows.GROUP == 0 and 1 <= warps <= 32 and width == 256 * warps
+    assert (_rows.pieces(3072, 2)["PIECES"], _rows.pieces(3072, 2)["PIECE"]) == (3, 1024)
+    assert (_rows.pieces(10240, 2)["PIECES"], _rows.pieces(10240, 2)["PIECE"]) == (3, 4096)
 
 
 def test_q_k_and_v_are_apart_and_where_attention_reads_them():

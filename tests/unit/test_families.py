@@ -111,3 +111,21 @@ def test_a_gate_on_the_first_blocks_wants_one_and_an_earlier_gate_none():
     assert BlockRange(first_blocks=0).resolve(Early).first_blocks == 0
     with pytest.raises(ValueError, match="first_blocks is 0"):
         BlockRange(first_blocks=0).resolve(Gate)
+
+
+class Named:
+    """A network of which only the paths of its modules are asked."""
+
+    def __init__(self, *paths):
+        self.paths = paths
+
+    def named_modules(self):
+        return [(path, object()) for path in self.paths]
+
+
+def test_modulations_are_told_by_whole_paths_and_a_star_is_a_number():
+    family = FAMILIES["flux"]
+    there = ["double_blocks.0.img_mod", "double_blocks.10.txt_mod", "single_blocks.3.modulation", "final_layer.adaLN_modulation"]
+    others = ["", "double_blocks.0.img_mod.lin", "double_blocks.x.img_mod", "net.double_blocks.0.img_mod", "double_blocks.0.img_mlp", "single_blocks.3"]
+    assert family.modulations(Named(*others, *there)) == there
+    assert FAMILIES["unet"].modulations(Named(*there)) == []

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pack.kernels import _triton, int8_linear
+from pack.kernels import _triton, int8_linear, quantize
 from pack.kernels._hadamard import GROUP, rotated
 from pack.kernels.int8_tiles import TABLE, USUAL, tile
 from pack.kernels.quantize import quantize_rows
@@ -123,6 +123,12 @@ def test_every_size_has_a_tile_and_large_products_have_the_usual_one():
         assert tile(arch, 4352, 3072) is tile(arch, 4352, 21504) is USUAL and tile(arch, 1, 3072).m == 16
         assert tile(arch, 4352, 3072, crowded=True).n == 64
     assert TABLE[-1].fits(0, 1 << 30, 1 << 30, False)
+
+
+def test_rows_that_registers_cannot_hold_are_left_to_torch():
+    for channels, dtype, fits in ((24576, torch.bfloat16, True), (24576, torch.float32, False), (15360, torch.float32, True), (40960, torch.float16, False)):
+        assert quantize.fits(torch.empty(2, channels, dtype=dtype), True) is fits
+    assert not quantize.fits(torch.empty(2, 512).T, False) and not quantize.fits(torch.empty(0, 512), True)
 
 
 def test_rows_that_do_not_begin_on_16_bytes_are_left_to_torch():

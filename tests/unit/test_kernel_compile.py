@@ -27,13 +27,14 @@ def test_a_kernel_compiles_and_stays_within_its_limits(kernel, arch, compiled):
     assert any(not case.small for case in kernel.cases)
     for row in rows:
         assert not _compiled.broken(row, kernel.limits), told(row)
+    assert not kernel.limits.instructions or any(row["looked_into"] for row in rows)
 
 
-def test_every_case_is_compiled_somewhere_and_every_type_at_the_real_sizes():
+def test_every_case_is_compiled_somewhere_and_real_sizes_in_fp32_and_bf16():
     for kernel in KERNELS:
         for case in kernel.cases:
             types = {dtype for arch in _compiled.ARCHITECTURES for dtype in _compiled.wanted(kernel, case, arch)}
-            assert types == set(kernel.dtypes[:1] if case.small else kernel.dtypes)
+            assert types == set(kernel.dtypes[:1] if case.small else (kernel.dtypes[0], kernel.dtypes[-1]))
 
 
 def test_addresses_are_computed_in_64_bits(compiled):
@@ -53,7 +54,7 @@ def test_combine_reads_even_sizes_16_bytes_at_a_time(compiled):
         assert row["loads"] == ["ld.global.v4.b32"], told(row)
 
 
-GOOD = {"arch": 89, "registers": 64, "stack_bytes": 0, "local_bytes": 0, "shared_bytes": 512, "scratch_bytes": 0,
+GOOD = {"arch": 89, "registers": 64, "stack_bytes": 0, "local_bytes": 0, "shared_bytes": 512, "scratch_bytes": 0, "looked_into": True,
         "instruction": "IMMA.16832.S8.S8 IMMA.16864.S4.S4"}
 LIMITS = Limits(registers=64, shared_bytes=512, instructions={89: ("IMMA.16832",), 90: ("IGMMA", "UTMALDG")}, unlimited=(100,))
 

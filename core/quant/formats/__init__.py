@@ -3,13 +3,17 @@ from ..files import WeightFile
 from ..layer import Layer
 from .base import Format
 from .fp8 import ScaledFP8, UnscaledFP8
+from .gguf import GGUF
 from .host import HostFormats
 from .plain import Plain
+from .svdquant import SVDQuant
 
 FORMATS: tuple[Format, ...] = (
+    SVDQuant(),
     HostFormats(),
     ScaledFP8(),
     UnscaledFP8(),
+    GGUF(),
     Plain(),
 )
 
