@@ -4,10 +4,11 @@ from functools import cache
 import comfy.sd
 import torch
 from harness import sample
-from quantized import int8, linear
+from quantized import linear
 
 from pack.core.quant.fusion.attach import Settings, attach_fused_kernels
 from testbed import tiny
+from testbed.quantized import int8
 
 NAMES = ["flux_13m", "flux2", "z_image"]
 FEW = 4

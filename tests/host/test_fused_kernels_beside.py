@@ -1,6 +1,8 @@
 """Fused Kernels beside what else acts on a model: Step Cache, LoRA, ControlNet, patches of other nodes, references, patched weights."""
 import comfy.sd
 import pytest
+import quantized
+import test_gguf_pictures as gguf
 import torch
 from comfy.quant_ops import QuantizedTensor
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
@@ -14,6 +16,7 @@ from test_reference_latents import references
 from pack.core.quant.fusion import attach
 from pack.core.quant.fusion.attach import Settings
 from pack.core.quant.fusion.deferred import Deferred
+from pack.core.quant.modulation import attach_modulation_cache
 from pack.core.reference.latents import Settings as LatentSettings
 from pack.core.reference.latents import attach_reference_latents
 from pack.nodes.fused_kernels import FusedKernels as Node
@@ -44,6 +47,37 @@ def test_a_lora_acts_as_in_the_host(compute, tmp_path):
     true, found, without = drawn("z_image", changed, 1), drawn("z_image", fused(changed, records), 1), drawn("z_image", patcher, 1)
     assert sum(records[0].fused.values()) > 0
     assert nearness(found, true) > nearness(without, true) + 15
+
+
+@pytest.mark.parametrize(("name", "type"), [("flux", "Q4_K"), ("z_image", "Q6_K")])
+def test_gguf_layers_that_compute_in_int8_take_codes_too(name, type, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantized, "SUBJECTS", gguf.SUBJECTS)
+    with torch.inference_mode():
+        patcher = gguf.loaded(gguf.file(tmp_path, name, type), compute="int8")[0]
+    assert gguf.packed(patcher)
+    records: list = []
+    true, found = drawn(name, patcher, 1), drawn(name, fused(patcher, records), 1)
+    assert sum(count for what, count in records[0].fused.items() if what.endswith("int8")) > 0 and not records[0].left
+    assert nearness(found, true) > 50
+
+
+def test_gguf_layers_that_compute_as_floats_are_left_to_the_host(tmp_path, monkeypatch):
+    monkeypatch.setattr(quantized, "SUBJECTS", gguf.SUBJECTS)
+    with torch.inference_mode():
+        patcher = gguf.loaded(gguf.file(tmp_path, "z_image", "Q4_0"), compute="bf16")[0]
+    records: list = []
+    true, found = drawn("z_image", patcher, 1, steps=4), drawn("z_image", fused(patcher, records), 1, steps=4)
+    assert nearness(found, true) > 80 and not [what for what in records[0].fused if what.endswith("int8")]
+    assert records[0].left.keys() == {"in GGUF blocks that are computed as floats"}
+
+
+def test_a_modulation_cache_gives_the_same_rows():
+    records: list = []
+    cached = lambda patcher: attach_modulation_cache(patcher)[0]
+    true = sample(cached(made("flux_13m")), "flux_13m", steps=FEW)
+    for patcher in (fused(cached(made("flux_13m")), records), cached(fused(made("flux_13m"), records))):
+        assert relative(sample(patcher, "flux_13m", steps=FEW), true) < 0.02
+    assert len(records) == 2 and all(record.fused["residual+norm+modulate+int8"] > 0 for record in records)
 
 
 @pytest.mark.parametrize("name", NAMES[:1])

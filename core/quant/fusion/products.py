@@ -28,6 +28,8 @@ from .scope import Int8
 def product(deferred: Deferred, weight, bias) -> Tensor | None:
     """The layer's output, or None where the layer is to see the plain value."""
     scope, expression = deferred.scope, deferred.expression
+    if not expression.awaited:
+        return None
     found = scope.int8(weight)
     if not isinstance(found, Int8):
         return unquantized(deferred, weight, bias, found)
@@ -56,8 +58,6 @@ def whole_in_kitchen(expression, weight: Int8, bias):
 
 def unquantized(deferred: Deferred, weight, bias, why: str) -> Tensor | None:
     expression = deferred.expression
-    if not isinstance(expression, (Scaled, Activation, Joined)):
-        return None
     deferred.scope.record.leave(why)
     norm = expression.like if isinstance(expression, Scaled) else None
     if not isinstance(norm, Norm) or not deferred.scope.every or not deferred.scope.kernels:

@@ -9,6 +9,8 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
 from ....kernels._hadamard import GROUP
+from .. import blocks
+from ..packed import LAYOUT as PACKED
 from .scope import Int8
 
 LAYOUT = "TensorWiseINT8Layout"
@@ -16,13 +18,17 @@ STEP = 16       # the int8 product reads rows in pieces of so many codes
 
 
 def int8(weight) -> Int8 | str:
-    """The weight, cast and patched by the host, as an int8 product takes it; else why not, in a few words."""
+    """The weight, cast and patched by the host, as an int8 product takes it; else why not, in a few words. GGUF's blocks become codes here."""
     if not isinstance(weight, QuantizedTensor):
         return f"in {str(weight.dtype).removeprefix('torch.')}"
     params, codes = weight._params, weight._qdata
-    if weight._layout_cls != LAYOUT or getattr(params, "transposed", False):
+    if getattr(params, "transposed", False) or weight._layout_cls not in (LAYOUT, PACKED):
         return f"in {weight._layout_cls}"
-    if params.convrot and params.convrot_groupsize != GROUP:
+    if weight._layout_cls == PACKED:
+        if params.compute != "int8" or params.group not in blocks.BY_KERNEL:
+            return "in GGUF blocks that are computed as floats"
+        codes = blocks.codes(codes.contiguous(), params.type, params.scale, params.group)
+    elif params.convrot and params.convrot_groupsize != GROUP:
         return f"rotated in groups of {params.convrot_groupsize}"
     if codes.ndim != 2 or codes.shape[1] % STEP or not codes.is_contiguous() or params.scale.numel() not in (1, len(codes)):
         return "of sizes that the kernel does not take"
