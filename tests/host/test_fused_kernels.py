@@ -82,14 +82,11 @@ def test_with_layers_int8_a_full_model_is_left_alone_to_the_bit(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_in_16_bits_the_kernels_are_as_near_to_single_precision_as_the_host(name):
-    def prediction(patcher, bits: bool):
-        clone = patcher.clone()
-        if bits:
-            clone.set_model_compute_dtype(torch.bfloat16)
-        return sample(clone, name, steps=2)
-    true = prediction(made(name), False)
-    host, ours = (relative(prediction(patcher, True), true) for patcher in (made(name), fused(made(name))))
-    assert 0 < ours < 1.3 * host + 0.002
+    in_16_bits = made(name, torch.bfloat16)
+    records: list = []
+    true, host, ours = (sample(patcher, name, steps=2) for patcher in (made(name), in_16_bits, fused(in_16_bits, records)))
+    assert counts(records[0]) == expected(name)
+    assert 0 < relative(ours, true) < 1.3 * relative(host, true)
 
 
 KERNELS = {
