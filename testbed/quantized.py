@@ -117,11 +117,14 @@ def write_gguf(model: str, type: str, path: Path) -> Path:
 
 
 def write_svdquant(model: str, path: Path, kind: str = "int4") -> Path:
-    """A trained FLUX as a file of nunchaku; activations are taken to be alike in all channels."""
+    """The trained model as a file of nunchaku; activations are taken to be alike in all channels."""
     from . import nunchaku_files
 
-    tensors, _ = read(model)
+    tensors, metadata = read(model)
     most = {key.removesuffix(".weight"): torch.ones(tensor.shape[1]) for key, tensor in tensors.items() if key.endswith(".weight") and tensor.ndim == 2}
-    file = nunchaku_files.flux(tensors, most, kind=kind)
+    if "config" in metadata:
+        file = nunchaku_files.z_image(tensors, most, metadata["config"], kind=kind)
+    else:
+        file = nunchaku_files.flux(tensors, most, kind=kind)
     save_file({key: tensor.contiguous() for key, tensor in file.tensors.items()}, path, metadata=file.metadata)
     return path

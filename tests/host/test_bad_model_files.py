@@ -1,8 +1,6 @@
 """Model files that are not what they say: one sentence, no hang, nothing allocated beyond the file's size."""
 import json
-import random
 import struct
-import time
 
 import comfy.sd
 import pytest
@@ -11,9 +9,8 @@ from quantized import read, write
 from safetensors.torch import save_file
 from test_quantized_loader import loaded
 
-from pack.core.quant.detect import detect, without_prefix
-from pack.core.quant.files import BadFile, open_file
-from pack.core.quant.formats import layers_of
+from benchmarks import _flips
+from pack.core.quant.files import BadFile
 
 TENSORS = {f"double_blocks.{i}.x.weight": torch.randn(8, 8) for i in range(3)}
 
@@ -118,30 +115,7 @@ def test_no_network_larger_than_the_file_is_built(tmp_path, monkeypatch):
         loaded(tmp_path / "huge.safetensors")
 
 
-def test_flipped_bytes_in_a_header_are_an_error_or_what_the_header_now_says(good, tmp_path):
-    """Of the 10 000 flips that were tried once, a sample; the whole is `bench quant --flips`."""
-    assert not flips(good, tmp_path, count=150, seed=time.localtime().tm_yday * 0 + 5)
-
-
-def flips(good: bytes, folder, count: int, seed: int) -> list[str]:
-    """What went wrong over `count` files with one flipped byte in the header each."""
-    (length,) = struct.unpack("<Q", good[:8])
-    chance, wrong, path = random.Random(seed), [], folder / "flipped.safetensors"
-    for _ in range(count):
-        content, place = bytearray(good), chance.randrange(8 + length)
-        content[place] ^= 1 << chance.randrange(8)
-        path.write_bytes(content)
-        began = time.perf_counter()
-        try:
-            file = open_file(path)
-            layers, rest = layers_of(file)
-            shapes = {**rest, **{f"{name}.weight": torch.empty(layer.shape, device="meta") for name, layer in layers.items()}}
-            detect(without_prefix(shapes)[0], file.metadata, file.name)
-            if held := [layer.name for layer in layers.values() if layer.shape[0] * layer.shape[1] > 2 * len(content)]:
-                wrong.append(f"byte {place}: {held[0]} is larger than the file")
-        except BadFile as error:
-            if "\n" in str(error).strip():
-                wrong.append(f"byte {place}: more than a line: {error}")
-        if time.perf_counter() - began > 2:
-            wrong.append(f"byte {place}: {time.perf_counter() - began:.1f} s")
-    return wrong
+@pytest.mark.parametrize("form", _flips.FILES)
+def test_flipped_bytes_in_a_header_are_an_error_or_what_the_header_now_says(form, tmp_path):
+    """A sample; `bench quant --flips` tries 10 000."""
+    assert not _flips.wrong(_flips.FILES[form](tmp_path), tmp_path, count=150)

@@ -112,7 +112,7 @@ def test_two_encoders_load_together_and_again(tmp_path):
     host = comfy.sd.load_text_encoder_state_dicts([decoded(path, "t5"), dict(clip_l)], clip_type=comfy.sd.CLIPType.FLUX, model_options=dict(options))
     got, wanted = encoded(clip, "t5xxl"), encoded(host, "t5xxl")      # of two, the host casts T5's weights to half precision
     assert float((got - wanted).norm() / wanted.norm()) < 0.01
-    tokens = [[49406, 5, 9, 49407]]
+    tokens = [[49406, 5, 9, *[49407] * 74]]
     assert torch.equal(clip.cond_stage_model.clip_l(tokens)[1], host.cond_stage_model.clip_l(tokens)[1])
     assert clip.cond_stage_model.clip_l.transformer.text_model.encoder.layers[0].mlp.fc1.weight.dtype == torch.float16     # not blown up
     load, given = clip.patcher.cached_patcher_init

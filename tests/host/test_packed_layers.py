@@ -1,4 +1,4 @@
-"""Layers that stay packed: what they compute, how the host moves, patches and saves them."""
+"""Layers that stay packed: what they compute, how the host moves and saves them."""
 from types import SimpleNamespace
 
 import comfy.lora
@@ -6,44 +6,18 @@ import comfy.memory_management
 import comfy.model_patcher
 import comfy.utils
 import comfy.weight_adapter
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from comfy.quant_ops import QuantizedTensor
-from comfy.weight_adapter.bypass import BypassInjectionManager
+from packed_layers import COMPUTE, K, N, Net, change, found, inputs, lora, net, off, patcher, values
 from torch.nn import functional as F
 
 from pack.core.quant import blocks, packed
-from pack.core.quant.files import Blocks
 from pack.core.quant.machine import Route
 from pack.core.quant.packed import pack
 from pack.core.quant.packed_ops import is_packed, packed_ops
-from testbed.gguf_files import TYPES, block, encoded
-
-N, K = 48, 512
-COMPUTE = ("int8", "decode")
-
-
-def found(type="Q4_K", rows=N, columns=K, seed=0, tails=True):
-    """A layer with a few weights far from the rest, as trained ones have."""
-    x = np.random.default_rng(seed).standard_normal((rows, columns), np.float32) * 0.05
-    if tails:
-        x[:, ::61] *= 6
-    return Blocks(type, (rows, columns), torch.from_numpy(encoded(x, type)))
-
-
-def values(blocks_):
-    return blocks.values(blocks_.bytes, blocks_.type)
-
-
-def off(got, wanted) -> float:
-    got, wanted = got.double(), wanted.double()
-    return float((got - wanted).norm() / wanted.norm())
-
-
-def inputs(*shape, seed=5, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+from testbed.gguf_files import TYPES, block
 
 
 @pytest.fixture(autouse=True)
@@ -51,28 +25,6 @@ def as_the_host_runs():
     """Nodes and samplers run in inference mode; a model that was made outside of it cannot be moved within."""
     with torch.inference_mode():
         yield
-
-
-class Net(torch.nn.Module):
-    def __init__(self, ops, names=("a", "b"), columns=K):
-        super().__init__()
-        self.diffusion_model = torch.nn.ModuleDict({name: ops.Linear(columns, N, bias=name == "a", dtype=torch.float32, device="cpu") for name in names})
-
-    def forward(self, x):
-        return sum(layer(x) for layer in self.diffusion_model.values())
-
-
-def net(compute, type="Q4_K", dtype=torch.float32):
-    ops = packed_ops(dtype)
-    model = Net(ops)
-    weights = {f"diffusion_model.{name}.weight": pack(found(type, seed=seed), dtype, compute) for seed, name in enumerate("ab")}
-    missing, unexpected = model.load_state_dict(weights | {"diffusion_model.a.bias": inputs(N)}, strict=False)
-    assert not missing and not unexpected
-    return model.requires_grad_(False).eval()
-
-
-def patcher(model):
-    return comfy.model_patcher.ModelPatcher(model, load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
 
 
 # products --------------------------------------------------------------------------------------------------------------
@@ -193,117 +145,6 @@ def test_weights_that_are_not_packed_keep_the_type_of_the_file():
     assert layer.weight.dtype == torch.float32
     x = inputs(3, 8, dtype=torch.bfloat16)
     assert torch.equal(layer(x), F.linear(x, layer.weight.to(torch.bfloat16)))
-
-
-# LoRA ------------------------------------------------------------------------------------------------------------------
-def lora(rows=N, columns=K, rank=4, seed=9, alpha=2.0, strength=0.05, reshape=None):
-    up, down = inputs(rows, rank, seed=seed) * strength, inputs(rank, columns, seed=seed + 1) * strength
-    return comfy.weight_adapter.LoRAAdapter(set(), (up, down, alpha, None, None, reshape))
-
-
-def change(adapter, strength=1.0):
-    up, down, alpha, *_ = adapter.weights
-    return up @ down * (alpha / down.shape[0]) * strength
-
-
-@pytest.mark.parametrize("compute", COMPUTE)
-def test_a_baked_lora_makes_int8_with_rotation_and_comes_off_again(compute):
-    model, x = net(compute), inputs(2, 3, K)
-    adapter = lora()
-    before = model(x)
-    plain = patcher(model)
-    plain.add_patches({"diffusion_model.a.weight": adapter}, 0.7)
-    plain.load(torch.device("cpu"), full_load=True)
-    a, b = model.diffusion_model["a"], model.diffusion_model["b"]
-    assert a.layout_type == "TensorWiseINT8Layout" and a.weight._params.convrot and is_packed(b.weight)
-    wanted = values(found(seed=0)) + change(adapter, 0.7)
-    assert off(a.weight.dequantize(), wanted) < 0.013           # stochastic rounding, as the host asks for
-    assert off(model(x), F.linear(x, wanted, inputs(N)) + F.linear(x, values(found(seed=1)))) < 0.02
-    plain.unpatch_model(torch.device("cpu"))
-    assert is_packed(a.weight) and torch.equal(model(x), before)
-
-
-@pytest.mark.parametrize("compute", COMPUTE)
-def test_a_lora_in_part_loaded_models_is_exact(compute):
-    model, x, adapter = net(compute), inputs(2, 3, K), lora()
-    part = patcher(model)
-    part.add_patches({"diffusion_model.a.weight": adapter}, 0.7)
-    part.load(torch.device("cpu"), lowvram_model_memory=1)
-    got = model.diffusion_model["a"](x)
-    assert off(got, F.linear(x, values(found()) + change(adapter, 0.7), inputs(N))) < 1e-6
-
-
-class Dynamic:
-    """Stands for the host's patch under dynamic memory, set on a layer as ModelPatcherDynamic sets it."""
-
-    def __init__(self, layer, patches):
-        owner = patcher(torch.nn.ModuleDict({"layer": layer}))
-        owner.add_patches(patches)
-        self.patch = comfy.model_patcher.LowVramPatch("layer.weight", owner.patches)
-        layer.weight_lowvram_function = self.patch
-
-
-ADAPTERS = {
-    "plain": ({"layer.weight": lora()}, lambda w: w + change(lora())),
-    "of some rows": ({("layer.weight", (0, 16, 32)): lora(rows=32)}, lambda w: w + F.pad(change(lora(rows=32)), (0, 0, 16, 0))),
-    "of some columns": ({("layer.weight", (1, 256, 256)): lora(columns=256)}, lambda w: w + F.pad(change(lora(columns=256)), (256, 0))),
-    "difference": ({"layer.weight": (inputs(N, K) * 0.01,)}, lambda w: w + inputs(N, K) * 0.01),
-}
-
-
-@pytest.mark.parametrize("compute", COMPUTE)
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_under_dynamic_memory_a_patch_is_put_on_at_each_call_and_never_written_back(name, compute):
-    patches, changed = ADAPTERS[name]
-    layer, x = net(compute).diffusion_model["a"], inputs(2, 3, K)
-    held = layer.weight._qdata.clone()
-    base = layer(x)
-    Dynamic(layer, patches)
-    assert layer.weight_lowvram_function is None        # so the host neither decodes the layer nor asks for it as blocks again
-    got = layer(x)
-    wanted = F.linear(x, changed(values(found())), inputs(N))
-    # a branch adds to the product as it is; a patch on the decoded weight makes an ordinary product of it
-    exact = F.linear(x, changed(values(found())) - values(found())) + (base if name != "difference" else F.linear(x, values(found()), inputs(N)))
-    assert off(got, exact) < 1e-5 and off(got, wanted) < 0.015
-    layer.weight_lowvram_function = None
-    assert torch.equal(layer(x), base) and torch.equal(layer.weight._qdata, held)
-
-
-@pytest.mark.parametrize("compute", COMPUTE)
-def test_the_hosts_bypass_lora_is_a_branch_beside_the_product(compute):
-    model, x, adapter = net(compute), inputs(2, 3, K), lora()
-    base = model(x)
-    manager = BypassInjectionManager()
-    manager.add_adapter("diffusion_model.a", adapter, strength=0.7)
-    plain = patcher(model)
-    plain.set_injections("bypass", manager.create_injections(model))
-    plain.load(torch.device("cpu"), full_load=True)
-    plain.inject_model()
-    assert off(model(x), base + F.linear(x, change(adapter, 0.7))) < 1e-6
-    plain.eject_model()
-    assert torch.equal(model(x), base)
-
-
-@pytest.mark.parametrize("compute", COMPUTE)
-def test_the_hosts_streaming_resolves_a_patched_layer_without_encoding_it(compute):
-    """What ModelPatcherDynamic's memory does at a layer, with a buffer in the place of its own."""
-    layer, x = net(compute).diffusion_model["a"], inputs(2, 3, K)
-    Dynamic(layer, ADAPTERS["plain"][0])
-    geometry = comfy.memory_management.tensors_to_geometries([layer.weight, layer.bias])
-    buffer = torch.empty(comfy.memory_management.vram_aligned_size([layer.weight, layer.bias]), dtype=torch.uint8)
-    comfy.model_management.cast_to_gathered([layer.weight, layer.bias], buffer)
-    layer.seed_key = "a"
-    for resident in (False, True):
-        layer._prefetch = {"signature": 1, "resident": resident, "xfer_dest": buffer, "cast_dest": None, "cast_geometry": geometry, "needs_cast": False}
-        weight, bias = comfy.ops.resolve_cast_module_with_vbar(layer, torch.float32, torch.device("cpu"), torch.float32, torch.float32, True)
-        assert is_packed(weight) and torch.equal(weight._qdata, layer.weight._qdata)
-        assert torch.equal(F.linear(x, weight, bias), F.linear(x, layer.weight, layer.bias))
-
-
-def test_a_lora_on_a_schedule_is_refused_in_a_sentence():
-    layer = net("int8").diffusion_model["a"]
-    with pytest.raises(ValueError, match="on a schedule"):
-        layer.set_weight(inputs(N, K), inplace_update=True)
 
 
 # saved -----------------------------------------------------------------------------------------------------------------
