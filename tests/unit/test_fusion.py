@@ -50,6 +50,8 @@ UNKNOWN = {
     "a row of another type": lambda: of(norm(rows(0))) * row(1).half(),
     "a number": lambda: of(norm(rows(0))) * 2,
     "a row without a batch": lambda: of(norm(rows(0))) * rows(1, torch.float32, C),
+    "rows for more pictures": lambda: of(norm(rows(0, torch.float32, 1, N, C))) * row(1),
+    "a modulation added": lambda: rows(4) + torch.addcmul(row(1), of(norm(rows(0))), row(2)),
     "a shift of tokens": lambda: torch.addcmul(rows(1), of(norm(rows(0))), row(2)),
     "a residual in another type": lambda: rows(4).double() + of(Product(rows(0))) * row(1),
     "tokens joined": lambda: torch.cat((rows(1), of(activation(rows(0)))), 1),
@@ -133,6 +135,30 @@ def test_the_kernel_that_the_record_tells_of_is_the_one_that_ran(name, monkeypat
     x = FUSED[name](scope())
     with pytest.raises(ZeroDivisionError):
         rules.linear((x, weight(32, x.shape[-1], True), None), {})
+
+
+OTHER_RESIDUALS = {
+    "of a layer norm before a layer norm": lambda s: Scaled(
+        layer_norm(Deferred(s, Residual(wide(5), Scaled(layer_norm(wide(0)), gate(3))))), gate(1), gate(2)),
+    "of a product before an RMS norm": lambda s: Scaled(rms_norm(Deferred(s, Residual(wide(5), Scaled(Product(wide(0)), gate(3))))), gate(1)),
+    "of an RMS norm of another epsilon": lambda s: Scaled(rms_norm(Deferred(s, Residual(wide(5), Scaled(other_rms_norm(wide(0)), gate(3))))), gate(1)),
+    "before a layer norm without a shift": lambda s: Scaled(layer_norm(Deferred(s, Residual(wide(5), Scaled(Product(wide(0)), gate(3))))), gate(1)),
+}
+
+
+def other_rms_norm(x):
+    return Norm(x, lambda x: F.rms_norm(x, (WIDE,), 1 + 0.1 * torch.arange(WIDE) / WIDE, 0.5), True, 0.5, lent)
+
+
+@pytest.mark.parametrize("name", OTHER_RESIDUALS)
+def test_a_residual_that_no_kernel_knows_is_computed_first(name):
+    s = scope()
+    true = Deferred(scope(), OTHER_RESIDUALS[name](scope())).plain()
+    layer = weight(32, WIDE, True)
+    found = rules.linear((Deferred(s, OTHER_RESIDUALS[name](s)), layer, None), {})
+    codes, scales = torch.ops.reprise.quantize_rows(true, True)
+    expected = products.int8_linear(codes, scales, layer.codes, layer.scales, out_dtype=torch.float32)
+    assert dict(s.record.fused) == {"norm+modulate+int8": 1} and (found - expected).norm() <= 1e-3 * expected.norm()
 
 
 def test_two_products_of_one_value_share_its_codes():

@@ -140,6 +140,12 @@ def test_a_kernel_that_is_wrong_is_seen(monkeypatch):
     assert (found - true).abs().max() > 0.01
 
 
+def test_q_of_one_stream_is_not_joined_to_k_of_another():
+    s, norms = scope(), heads.Norms(None, (), None)
+    q, k = (Deferred(s, heads.Normed(rows(place, torch.float32, B, H, TEXT, D), rows(2), place, norms)) for place in (0, 1))
+    assert heads.joined((q, k)) is None and pending(heads.joined((q, q)), heads.Joint)
+
+
 def test_heads_of_a_product_written_to_are_computed_from_what_was_written():
     s = scope(open=True, turning=True)
     packed = Deferred(s, Packed(rows(1, torch.float32, B, IMAGE, 3 * H * D)))
