@@ -14,8 +14,8 @@ NODES = (
     "Reprise_ReferenceLatentCache", "Reprise_ModulationCache",
     "Reprise_ApplyReferenceCache", "Reprise_CombineReferenceCache", "Reprise_SaveReferenceCache", "Reprise_LoadReferenceCache",
     "Reprise_InspectReferenceCache", "Reprise_ClearReferenceCache",
-    "Reprise_QuantizedModelLoader", "Reprise_SaveQuantizedModel", "Reprise_QuantizationReport",
-    "Reprise_AttentionBackend", "Reprise_Doctor",
+    "Reprise_QuantizedModelLoader", "Reprise_SaveQuantizedModel", "Reprise_GGUFTextEncoderLoader", "Reprise_QuantizationReport",
+    "Reprise_AttentionBackend", "Reprise_Doctor", "Reprise_FusedKernels",
 )
 WORKFLOWS = sorted(file.stem for file in (ROOT / "workflows").glob("*.json"))
 
