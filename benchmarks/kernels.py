@@ -33,19 +33,24 @@ COMPILED = RESULTS.with_name("kernels-compile.json")
 COLUMNS = ("kernel", "case", "arch", "registers", "stack_bytes", "local_bytes", "shared_bytes", "instruction")
 
 
+def given(kernel, case, dtype: torch.dtype, device="cuda" if GPU else "cpu") -> dict:
+    """The arguments of a case, the same on every call."""
+    torch.manual_seed(0)
+    return kernel.inputs(case.shape, **case.sizes, dtype=dtype, device=device)
+
+
 def cases(small: bool):
     for kernel in KERNELS:
         for case in kernel.cases:
             for dtype in kernel.dtypes if case.small is small else ():
-                torch.manual_seed(0)
-                yield kernel, case, dtype, kernel.inputs(case.shape, **case.sizes, dtype=dtype, device="cuda" if GPU else "cpu")
+                yield kernel, case, dtype, given(kernel, case, dtype)
 
 
 def correctness(small: bool) -> list[str]:
     """A line for each case; returns those that are wrong."""
     wrong = []
-    for kernel, case, dtype, given in cases(small):
-        found = faults(kernel, kernel.fused(**given), kernel.reference(**given), dtype)
+    for kernel, case, dtype, inputs in cases(small):
+        found = faults(kernel, kernel.fused(**inputs), kernel.reference(**inputs), dtype)
         line = f"{kernel.name:22} {case.name:34} {str(dtype).removeprefix('torch.'):9} "
         print(line + (f"WRONG: {'; '.join(found)}" if found else "right"), flush=True)
         wrong += [line] if found else []
@@ -64,20 +69,29 @@ def bytes_per_microsecond() -> float:
     return 2 * source.numel() / microseconds(lambda: target.copy_(source))
 
 
+def timed_row(kernel, case, dtype: torch.dtype, inputs: dict, speed: float, measure) -> dict:
+    """measure: a call -> its microseconds; speed: bytes that memory moves in one."""
+    with torch.no_grad():
+        reference, fused = (measure(lambda run=run: run(**inputs)) for run in (kernel.reference, kernel.fused))
+    least = kernel.traffic(**inputs) / speed
+    return {
+        "kernel": kernel.name, "case": case.name, "dtype": str(dtype).removeprefix("torch."), "reference_us": round(reference, 2),
+        "fused_us": round(fused, 2), "roofline_us": round(least, 2), "speedup": round(reference / fused, 2), "of_roofline": round(least / fused, 3),
+    }
+
+
+def line_of(row: dict) -> str:
+    return (f"{row['kernel']:22} {row['case']:34} {row['dtype']:9} {row['reference_us']:9.1f} -> {row['fused_us']:8.1f} us, {row['speedup']:5.2f}x,"
+            f" {100 * row['of_roofline']:.0f} % of the roofline")
+
+
 def timed() -> list[dict]:
     speed, rows = bytes_per_microsecond(), []
     gpu = torch.cuda.get_device_name()
     print(f"\n{gpu}, a copy moves {speed / 1e6:.2f} TB/s")
-    for kernel, case, dtype, given in cases(small=False):
-        with torch.no_grad():
-            reference, fused = (microseconds(lambda run=run, given=given: run(**given)) for run in (kernel.reference, kernel.fused))
-        least = kernel.traffic(**given) / speed
-        row = {
-            "kernel": kernel.name, "case": case.name, "dtype": str(dtype).removeprefix("torch."), "gpu": gpu, "reference_us": round(reference, 2),
-            "fused_us": round(fused, 2), "roofline_us": round(least, 2), "speedup": round(reference / fused, 2), "of_roofline": round(least / fused, 3),
-        }
-        print(f"{row['kernel']:22} {row['case']:34} {row['dtype']:9} {reference:9.1f} -> {fused:8.1f} us, {row['speedup']:5.2f}x,"
-              f" {100 * row['of_roofline']:.0f} % of the roofline", flush=True)
+    for kernel, case, dtype, inputs in cases(small=False):
+        row = {**timed_row(kernel, case, dtype, inputs, speed, microseconds), "gpu": gpu}
+        print(line_of(row), flush=True)
         rows.append(row)
     return rows
 
