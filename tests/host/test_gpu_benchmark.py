@@ -356,7 +356,8 @@ def test_the_command_ends_with_the_file_and_the_verdicts(tmp_path, capsys, monke
     monkeypatch.setattr(kernels, "GPU", True)
     monkeypatch.setattr(gpu, "GpuMeter", lambda: FakeMeter(Clock()))
     monkeypatch.setattr(gpu, "Sizes", lambda: replace(TINY, subjects=(FLUX,)))
-    monkeypatch.setattr(gpu, "SECTIONS", gpu.SECTIONS)
+    monkeypatch.setattr(_gpu_blocks, "FORMATS", (INT8,))
+    monkeypatch.setattr(_gpu_model, "BYTES", {INT8: 14.2})
     monkeypatch.setattr(_gpu_machine, "facts", lambda device: {"gpu": "NVIDIA H200", "doctor": ["GPU: one"]})
     file = tmp_path / "new" / "mine.json"
     assert gpu.main(["--out", str(file), "--minutes", "600"]) == 0
