@@ -19,7 +19,7 @@ GPU = torch.cuda.is_available() and not os.environ.get("REPRISE_CPU")
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"    # before Triton is imported
 from benchmarks import _compiled  # noqa: I001
-from testbed import inprocess
+from testbed import inprocess, interpreter
 
 inprocess.leave_root()
 inprocess.package("pack", inprocess.ROOT)
@@ -134,6 +134,7 @@ def main(arguments: Sequence[str] = ()) -> int:
         return 0
     if not GPU:
         print("There is no GPU, so nothing is timed; Triton's interpreter shows whether the kernels are right.")
+        interpreter.round_as_a_gpu_does()
     if wrong := correctness(small=True) + (correctness(small=False) if GPU else []):
         print(f"{len(wrong)} cases are wrong, so nothing is timed.")
         return 1

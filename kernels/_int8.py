@@ -22,13 +22,25 @@ def coded(x: Tensor, scales: Tensor) -> Tensor:
 
 
 @triton.jit
-def row_scale(b_x):
-    """b_x: [N] in fp32, zeros where there is no channel. Returns the scale of the row."""
-    return tl.maximum(tl.max(tl.abs(b_x), 0) / 127.0, 1e-30)
+def magnitude(b_x):
+    """b_x in fp32, as integers that sort as |x| does, NaN above all."""
+    return b_x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def scale_of(b_magnitude):
+    """b_magnitude: [N]. Returns the scale of a row of these, NaN where there is one."""
+    largest = tl.max(b_magnitude, 0).to(tl.float32, bitcast=True)
+    return tl.maximum(largest / 127.0, 1e-30, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def code(b_x, scale):
-    # Adding and taking away 1.5 * 2^23 rounds to the nearest, halves to even, for whatever is below 2^22.
-    b_q = tl.minimum(tl.maximum(b_x / scale, -128.0), 127.0)
-    return ((b_q + 12582912.0) - 12582912.0).to(tl.int8)
+    return nearest(tl.minimum(tl.maximum(b_x / scale, -128.0), 127.0))
+
+
+@triton.jit
+def nearest(b_q):
+    """b_q: in fp32, from -128 to 127. Returns int8, halves to even."""
+    # Adding 1.5 * 2^23 rounds so, for whatever is below 2^22, and leaves the integer in the lowest bits.
+    return (b_q + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)

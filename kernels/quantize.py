@@ -8,71 +8,45 @@ its `int8_linear` does both at once and is called instead; that backend is off w
 import torch
 from torch import Tensor
 
-from ._hadamard import GROUP, places, rotate, rotated
-from ._int8 import code, coded, row_scale, row_scales
 from ._op import operator
+from ._rows import FLOATS, LONGEST, codes_like, load_row, pieces, quantized, store_codes, whole_groups
 from ._triton import tl, triton
 from .spec import CODES, SCALES, Case, Kernel, Limits
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-LONGEST = 1 << 16       # bytes of a row that one program holds in registers: 32768 channels of bf16, or half as many of fp32
 
 
 def quantize_rows(x: Tensor, rotation: bool) -> tuple[Tensor, Tensor]:
     """x: [..., K], with `rotation` K a multiple of 256. Returns codes, int8 [..., K], and scales, fp32 [..., 1]."""
-    if rotation and x.shape[-1] % GROUP:
-        raise ValueError(f"rows of {x.shape[-1]} channels came; the rotation works on groups of {GROUP}")
+    whole_groups(x.shape[-1], rotation)
     return OP(x, rotation)
 
 
 # plain torch: the definition of right ----------------------------------------------------------------------------------
 def reference(x: Tensor, rotation: bool) -> tuple[Tensor, Tensor]:
-    y = rotated(x.float()) if rotation else x.float()
-    scales = row_scales(y)
-    return coded(y, scales), scales
+    return quantized(x.float(), rotation)
 
 
 def fake(x: Tensor, rotation: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty(x.shape, dtype=torch.int8, device=x.device), torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    return codes_like(x, x.shape[-1])
 
 
 # Triton ----------------------------------------------------------------------------------------------------------------
 @triton.jit
-def _quantize_kernel(x, codes, scales, channels, ROTATION: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    start = row * channels
-    # [BLOCK]
-    b_x = tl.load(x + (start + at), mask=at < channels, other=0.0).to(tl.float32)
-    if ROTATION:
-        b_x = rotate(b_x, BLOCK)
-    scale = row_scale(b_x)
-    b_codes = code(b_x, scale)
-    if ROTATION:
-        into = places(BLOCK)
-        tl.store(codes + (start + into), tl.reshape(b_codes, (BLOCK // 4, 4)), mask=into < channels)
-    else:
-        tl.store(codes + (start + at), b_codes, mask=at < channels)
-    tl.store(scales + row, scale)
+def _quantize_kernel(x, codes, scales, channels, ROTATION: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr):
+    number = tl.program_id(0).to(tl.int64)
+    store_codes(load_row(x + number * channels, channels, PIECES, PIECE), codes, scales, number, channels, ROTATION, PIECES, PIECE)
 
 
 def fits(x: Tensor, rotation: bool) -> bool:
-    return x.dtype in FLOATS and x.is_contiguous() and x.numel() > 0 and x.shape[-1] * x.element_size() <= LONGEST
+    return x.dtype in FLOATS and x.is_contiguous() and x.numel() > 0 and x.shape[-1] <= LONGEST
 
 
 def fused(x: Tensor, rotation: bool) -> tuple[Tensor, Tensor]:
-    """As `quantize_rows`; x is contiguous, in fp32, fp16 or bf16, its rows of at most LONGEST bytes."""
+    """As `quantize_rows`; x is contiguous, in fp32, fp16 or bf16, of at most LONGEST channels."""
     codes, scales = fake(x, rotation)
     channels = x.shape[-1]
-    block = max(triton.next_power_of_2(channels), GROUP)
     with torch.cuda.device_of(x):
-        _quantize_kernel[(x.numel() // channels,)](x, codes, scales, channels, ROTATION=rotation, BLOCK=block, num_warps=warps(block))
+        _quantize_kernel[(x.numel() // channels,)](x, codes, scales, channels, ROTATION=rotation, **pieces(channels, x.element_size()))
     return codes, scales
-
-
-def warps(block: int) -> int:
-    """16 elements in each thread, as far as that goes."""
-    return min(max(block // 512, 1), 32)
 
 
 OP = operator("quantize_rows", reference, fused, fake, fits)

@@ -20,6 +20,7 @@ GROUPS = (
     "quantized",
     "gguf",
     "quantization_report",
+    "fused_kernels",
     "attention_backend",
     "doctor",
     "modulation_cache",

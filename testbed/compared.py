@@ -5,6 +5,7 @@ Each system has its own baseline, which the row names:
     Step Cache                every evaluation computed
     Reference Latent Cache    the reference pictures in the sequence on every step, as the host does it
     Apply Reference Cache     the references encoded anew, where the other run finds them kept
+    Quantized Model Loader    the full model, by the stock loader, and every evaluation computed
 
 Removing references changes the picture by design, so that is no baseline of a cache. It is shown beside the picture, and
 `without_reference_psnr_db` tells how far apart the two are.
@@ -16,10 +17,12 @@ from .client import Outcome, Server, ServerError
 from .picture import column, difference, image_of, psnr, side_by_side, ssim, tensor_of
 from .workflow import (
     LATENTS,
+    LOADER,
     OURS,
     REFERENCES,
     STEP_CACHE,
     WorkflowError,
+    at_full_precision,
     is_link,
     is_trained,
     model_of,
@@ -31,13 +34,14 @@ from .workflow import (
 
 GAIN = 32
 CLEAR = {"clear": {"class_type": "Reprise_ClearReferenceCache", "inputs": {}}}
-BASELINES = {STEP_CACHE: "every evaluation computed", LATENTS: "references in every step", REFERENCES: "references encoded anew"}
+BASELINES = {STEP_CACHE: "every evaluation computed", LATENTS: "references in every step", REFERENCES: "references encoded anew", LOADER: "the full model"}
 Compared = tuple[dict, Image.Image, list[Image.Image], list[Image.Image]]
 
 
 def compare(server: Server, name: str, prompt: dict) -> Compared:
     """Runs a prompt both ways; returns its row, its strip, and the pictures without and with Reprise, of a video its frames."""
-    return {STEP_CACHE: with_step_cache, LATENTS: with_latents, REFERENCES: with_references}[system_of(prompt)](server, name, prompt)
+    ways = {STEP_CACHE: with_step_cache, LATENTS: with_latents, REFERENCES: with_references, LOADER: with_loader}
+    return ways[system_of(prompt)](server, name, prompt)
 
 
 def with_step_cache(server: Server, name: str, prompt: dict) -> Compared:
@@ -58,6 +62,15 @@ def with_latents(server: Server, name: str, prompt: dict) -> Compared:
     without, cached = both(server, name, prompt)
     row = measured(name, prompt, without, cached)
     return row, strip(row, without.images, cached.images), without.images, cached.images
+
+
+def with_loader(server: Server, name: str, prompt: dict) -> Compared:
+    print(f"{name}: the full model", flush=True)
+    without = timed(server, at_full_precision(prompt))
+    print(f"{name}: with Reprise", flush=True)
+    loaded = timed(server, prompt)
+    row = measured(name, prompt, without, loaded)
+    return row, strip(row, without.images, loaded.images), without.images, loaded.images
 
 
 def with_references(server: Server, name: str, prompt: dict) -> Compared:

@@ -104,3 +104,24 @@ def write(model: str, form: str, path: Path, in_header: bool = False) -> Path:
         metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": marks})
     save_file({key: tensor.contiguous() for key, tensor in made.items()}, path, metadata=metadata)
     return path
+
+
+def write_gguf(model: str, type: str, path: Path) -> Path:
+    """The trained model with its linear layers as GGUF blocks of a type."""
+    from . import gguf_files  # of a package that ComfyUI does not bring
+
+    tensors, metadata = read(model)
+    made = {key: (tensor.float().numpy(), type) if linear(key, tensor) else tensor.numpy() for key, tensor in tensors.items()}
+    told = [("add_string", key, value) for key, value in metadata.items() if key != "format"]
+    return gguf_files.write(path, made, "lumina2" if "config" in metadata else "flux", told)
+
+
+def write_svdquant(model: str, path: Path, kind: str = "int4") -> Path:
+    """A trained FLUX as a file of nunchaku; activations are taken to be alike in all channels."""
+    from . import nunchaku_files
+
+    tensors, _ = read(model)
+    most = {key.removesuffix(".weight"): torch.ones(tensor.shape[1]) for key, tensor in tensors.items() if key.endswith(".weight") and tensor.ndim == 2}
+    file = nunchaku_files.flux(tensors, most, kind=kind)
+    save_file({key: tensor.contiguous() for key, tensor in file.tensors.items()}, path, metadata=file.metadata)
+    return path

@@ -30,6 +30,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 OURS = "Reprise_"
 SAMPLERS = ("KSampler", "SamplerCustom")
 STEP_CACHE, LATENTS, REFERENCES = "Reprise_StepCache", "Reprise_ReferenceLatentCache", "Reprise_ApplyReferenceCache"
+LOADER = "Reprise_QuantizedModelLoader"
 CHANGED = {REFERENCES: ("model", "positive", "negative")}    # what a node of ours changes, in the order of its outputs; the others change a model alone
 
 
@@ -90,8 +91,20 @@ def without_reprise(prompt: dict) -> dict:
     return kept
 
 
+def at_full_precision(prompt: dict) -> dict:
+    """The baseline of a loader: the stock loader opens the model that the file was made from. `full` of the substitutions tells which, where it is another."""
+    prompt = without_reprise(prompt)
+    for node in prompt.values():
+        if node["class_type"] == LOADER:
+            name = node["inputs"]["model_name"]
+            node.update(class_type="UNETLoader", inputs={"unet_name": SUBSTITUTIONS["full"].get(name, name), "weight_dtype": "default"})
+    return prompt
+
+
 def system_of(prompt: dict) -> str:
-    """The class of the one node of ours that acts on the sampling."""
+    """The class of the node of ours that the workflow is about: its loader, or else the one that acts on the sampling."""
+    if nodes_of(prompt, LOADER):
+        return LOADER
     found = [node["class_type"] for node in prompt.values() if node["class_type"] in (STEP_CACHE, LATENTS, REFERENCES)]
     if len(found) != 1:
         raise WorkflowError(f"the graph has {len(found)} nodes that are Step Cache, Reference Latent Cache or Apply Reference Cache; the demo wants one")

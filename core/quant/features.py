@@ -51,6 +51,12 @@ def by_triton(machine: Machine) -> str:
     return "torch" if machine.triton else "triton"
 
 
+def by_fused(machine: Machine) -> str:
+    if not machine.triton:
+        return "triton"
+    return "kitchen" if by_int8(machine) == "cuda" else "torch"
+
+
 def by_int8(machine: Machine) -> str:
     by = Capabilities.of(machine).int8.by
     if not by.startswith(KITCHEN):
@@ -136,6 +142,7 @@ FEATURES = Registry(
     }, by_attention),
     Feature("Fused Kernels", {
         "triton": Way("Triton kernels"),
+        "kitchen": Way("GELU in comfy_kitchen's int8 product alone", "more than 214 of 272 ms for an int8 step on an RTX 4090 (modelled)", TRITON),
         "torch": Way("off", "272 instead of 214 ms for an int8 step on an RTX 4090 (modelled)", TRITON),
-    }, by_triton),
+    }, by_fused),
 )

@@ -23,9 +23,11 @@ from .capabilities import capabilities
 from .detect import detect, without_prefix
 from .files import BadFile, WeightFile, open_file
 from .formats import layers_of
+from .formats.svdquant import KIND
 from .gguf_file import refuse_text_model
 from .layer import Layer
 from .plan import Settings, plan
+from .svdquant.served import NATIVE, NOT, served
 
 log = logging.getLogger("reprise")
 METADATA = "reprise.metadata"
@@ -41,11 +43,13 @@ class Loaded:
     formats: Mapping[str, str]          # layer -> format in the file
     file_bytes: int
     seconds: float
+    warnings: tuple[str, ...] = ()      # told before anything was loaded
 
     def line(self) -> str:
         kept = Counter(f"{self.formats[name]} as stored" if target == "stored" else f"{self.formats[name]} to {NAMES[target]}"
                        for name, target in self.layers.items())
-        return f"{self.name}: {', '.join(f'{count} layers {what}' for what, count in kept.most_common())}; {self.seconds:.1f} s"
+        done = ", ".join(f"{count} layers {what}" for what, count in kept.most_common())
+        return "; ".join((f"{self.name}: {done}", f"{self.seconds:.1f} s", *self.warnings))
 
 
 NAMES = {"int8": "int8", "fp8": "scaled fp8", "nvfp4": "nvfp4", "full": "full precision", "packed": "packed", "packed int8": "packed, computed as int8"}
@@ -75,6 +79,7 @@ def load_file(file: WeightFile, settings: Settings, disable_dynamic: bool = Fals
     family = family_of(config)
     device = torch.device("cpu") if settings.device == "cpu" else comfy.model_management.get_torch_device()
     targets = plan(layers, linears, family, settings, *abilities(device))
+    warnings = unfit(layers, targets, device, file.name)
     options = {"load_device": device, "offload_device": torch.device("cpu")} if settings.device == "cpu" else {}
     dtype = comfy.model_management.unet_manual_cast(None, device, config.supported_inference_dtypes)
     sd = state_dict(layers, rest, targets, dtype, device)
@@ -88,14 +93,27 @@ def load_file(file: WeightFile, settings: Settings, disable_dynamic: bool = Fals
     patcher.set_attachments(METADATA, dict(file.metadata))      # some models cannot be told without it, so saving keeps it
     size = file.path.stat().st_size if file.path.is_file() else sum(layer.nbytes for layer in layers.values())
     formats = {name: layer.format for name, layer in layers.items()}
-    return patcher, Loaded(file.name, family, targets, formats, size, time.perf_counter() - began)
+    return patcher, Loaded(file.name, family, targets, formats, size, time.perf_counter() - began, warnings)
 
 
 def abilities(device: torch.device) -> tuple[bool, frozenset[str]]:
     """(whether int8 products are fast, formats whose own products are)."""
     can = capabilities(device)
-    native = {"convrot_w4a4", *(form for form in ("nvfp4", "mxfp8") if can.nvfp4.fast), *(("SVDQuant int4",) if can.svdquant.fast else ())}
-    return can.int8.fast, frozenset(native)
+    native = {form for form in ("nvfp4", "mxfp8") if can.nvfp4.fast} | {form for form, kind in KIND.items() if served(device, kind).how == NATIVE}
+    return can.int8.fast, frozenset(native | {"convrot_w4a4"})
+
+
+def unfit(layers: Mapping[str, Layer], targets: Mapping[str, str], device: torch.device, name: str) -> tuple[str, ...]:
+    """What the user is to know of packed layers that the device computes slowly. BadFile where it cannot compute them at all."""
+    told = []
+    for form in sorted({layers[layer].format for layer, target in targets.items() if target == "packed"} & set(KIND)):
+        how, sentence = served(device, KIND[form])
+        if how == NOT:
+            raise BadFile(f"'{name}': {sentence}")
+        if how != NATIVE:
+            told.append(sentence)
+            log.warning("Reprise: '%s': %s", name, sentence)
+    return tuple(told)
 
 
 def stripped(file: WeightFile) -> tuple[WeightFile, str]:

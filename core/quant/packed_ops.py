@@ -95,8 +95,8 @@ class Holder:
                 changed = patch(changed)
             return blocks.quantized(changed, group)
 
-        scale = getattr(weight._params, "scale", None)
-        parts = later(tuple(weight.shape), weight._qdata.nbytes, 0 if scale is None else scale.nbytes, made)
+        more = sum(getattr(weight._params, name).nbytes for name in weight._params._tensor_fields())
+        parts = later(tuple(weight.shape), weight._qdata.nbytes, more, made)
         sd.update({f"{prefix}weight{ending}": tensor for ending, tensor in parts.items()})
         sd[f"{prefix}comfy_quant"] = marker(format=INT8, **({"convrot": True, "convrot_groupsize": group} if group else {}))
         return sd

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import transcode
 from .layer import Layer
 from .loader import METADATA
+from .svdquant.header import SAID
 
 NETWORK = "diffusion_model."
 TRANSCODED = "reprise.transcoded"
@@ -28,7 +29,8 @@ def save(patcher, path: Path) -> dict[str, str]:
     comfy.model_management.load_models_gpu([patcher], force_patch_weights=True)
     sd, turned = state_dict(patcher)
     metadata = {"format": "pt", **(patcher.get_attachment(METADATA) or {})}
-    metadata.pop("_quantization_metadata", None)    # every layer carries its own mark
+    for said in ("_quantization_metadata", *SAID):      # every layer carries its own mark
+        metadata.pop(said, None)
     if turned:
         metadata[TRANSCODED] = json.dumps(turned)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,12 +9,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_files import K_QUANTS, block, encoded, write
 
 from pack.core.quant.blocks import TYPES, values
 from pack.core.quant.files import BadFile, open_file
 from pack.core.quant.formats import layers_of
 from pack.core.quant.gguf_file import expect_architecture, refuse_text_model
+from testbed.gguf_files import K_QUANTS, block, encoded, write
 
 # relative L2 error of Gaussian weights: what the format allows, and no more than a tenth above it
 ERROR = {"Q8_0": 0.006, "Q6_K": 0.021, "Q5_K": 0.038, "Q5_1": 0.042, "Q5_0": 0.045, "Q4_K": 0.079, "Q4_1": 0.085, "Q4_0": 0.095, "Q3_K": 0.18, "Q2_K": 0.34}

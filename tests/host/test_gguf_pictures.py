@@ -8,7 +8,6 @@ import quantized
 import torch
 from comfy.quant_ops import QuantizedTensor
 from comfy.sd import load_bypass_lora_for_models, load_lora_for_models
-from gguf_files import TYPES, block, write
 from quantized import linear, nearness
 from safetensors import safe_open
 
@@ -20,6 +19,7 @@ from pack.core.quant.loader import load, load_file
 from pack.core.quant.packed_ops import is_packed
 from pack.core.quant.plan import Settings
 from pack.core.quant.save import TRANSCODED, save
+from testbed.gguf_files import TYPES, block, write
 
 SUBJECTS = {"flux": bench.SUBJECTS[0], "z_image": bench.SUBJECTS[1]}       # whose layers are whole blocks of 256 wide
 NEAR = {"Q8_0": 50, "Q6_K": 46, "Q5_K": 42, "Q5_1": 42, "Q5_0": 41, "Q4_K": 36, "Q4_1": 36, "Q4_0": 36, "Q3_K": 31, "Q2_K": 24}    # dB

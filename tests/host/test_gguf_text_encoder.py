@@ -12,13 +12,13 @@ import torch
 from comfy.clip_model import CLIPTextModel
 from comfy.text_encoders.llama import Qwen3_4B
 from comfy.text_encoders.t5 import T5
-from gguf_files import block, write
-from gguf_files import encoded as encoded_blocks
 
 from pack.core.quant import folders, text_encoder
 from pack.core.quant.files import BadFile, open_file
 from pack.core.quant.packed_ops import is_packed
 from pack.nodes.gguf import GGUFTextEncoderLoader
+from testbed.gguf_files import block, write
+from testbed.gguf_files import encoded as encoded_blocks
 
 # As narrow as the host's way to tell models lets them be: 24 blocks and 10240 rows for T5, 2560 channels for Qwen
 T5_CONFIG = {"d_model": 32, "d_kv": 16, "num_heads": 2, "d_ff": 10240, "num_layers": 24, "vocab_size": 200, "dense_act_fn": "gelu_pytorch_tanh",

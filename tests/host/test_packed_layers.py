@@ -12,7 +12,6 @@ import safetensors.torch
 import torch
 from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter.bypass import BypassInjectionManager
-from gguf_files import TYPES, block, encoded
 from torch.nn import functional as F
 
 from pack.core.quant import blocks, packed
@@ -20,6 +19,7 @@ from pack.core.quant.files import Blocks
 from pack.core.quant.machine import Route
 from pack.core.quant.packed import pack
 from pack.core.quant.packed_ops import is_packed, packed_ops
+from testbed.gguf_files import TYPES, block, encoded
 
 N, K = 48, 512
 COMPUTE = ("int8", "decode")

@@ -8,11 +8,17 @@ import pytest
 from devtools.environment import Environment
 from devtools.server import ROOT, serving
 from testbed.client import Server
-from testbed.workflow import STEP_CACHE, read_workflow
+from testbed.workflow import LOADER, STEP_CACHE, read_workflow
+
+
+def having(node: str, files: list[Path]) -> list[Path]:
+    return [file for file in files if f'"{node}"' in file.read_text(encoding="utf-8")]
+
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-STEP_CACHES = [file for file in WORKFLOWS if f'"{STEP_CACHE}"' in file.read_text(encoding="utf-8")]
-REFERENCES = [file for file in WORKFLOWS if file not in STEP_CACHES]
+LOADERS = having(LOADER, WORKFLOWS)
+STEP_CACHES = having(STEP_CACHE, [file for file in WORKFLOWS if file not in LOADERS])
+REFERENCES = [file for file in WORKFLOWS if file not in (*LOADERS, *STEP_CACHES)]
 
 
 @pytest.fixture(scope="session")
@@ -38,4 +44,10 @@ def prompt(request, object_info) -> dict:
 @pytest.fixture(scope="session", params=REFERENCES, ids=lambda file: file.stem)
 def reference_prompt(request, object_info) -> dict:
     """Each workflow with references in turn, over the tiny models. Shared: copy before changing it."""
+    return read_workflow(request.param, object_info)
+
+
+@pytest.fixture(scope="session", params=LOADERS, ids=lambda file: file.stem)
+def loader_prompt(request, object_info) -> dict:
+    """Each workflow with the quantized loader in turn, over the tiny models. Shared: copy before changing it."""
     return read_workflow(request.param, object_info)

@@ -15,7 +15,7 @@ NODES = (
     "Reprise_ApplyReferenceCache", "Reprise_CombineReferenceCache", "Reprise_SaveReferenceCache", "Reprise_LoadReferenceCache",
     "Reprise_InspectReferenceCache", "Reprise_ClearReferenceCache",
     "Reprise_QuantizedModelLoader", "Reprise_SaveQuantizedModel", "Reprise_QuantizationReport",
-    "Reprise_AttentionBackend", "Reprise_Doctor",
+    "Reprise_AttentionBackend", "Reprise_Doctor", "Reprise_FusedKernels",
 )
 WORKFLOWS = sorted(file.stem for file in (ROOT / "workflows").glob("*.json"))
 

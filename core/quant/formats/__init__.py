@@ -6,8 +6,10 @@ from .fp8 import ScaledFP8, UnscaledFP8
 from .gguf import GGUF
 from .host import HostFormats
 from .plain import Plain
+from .svdquant import SVDQuant
 
 FORMATS: tuple[Format, ...] = (
+    SVDQuant(),
     HostFormats(),
     ScaledFP8(),
     UnscaledFP8(),

@@ -1,12 +1,10 @@
-"""GGUF files for the tests: by the package's writer, their blocks by its quantizer or, for K-quants, which it has none for, by this one.
+"""GGUF files for tests, benchmark and demo: by the package's writer, their blocks by its quantizer or, for K-quants, which it has none for, by this one.
 
 This encoder shares nothing with the pack: it searches the range of each sub-block and lays the bits out as ggml's format says.
 test_gguf_files checks it by the package's dequantizer.
 """
 import gguf
 import numpy as np
-
-from pack.core.quant.blocks import TYPES
 
 PACKAGE = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 SHRINK = np.linspace(0.75, 1.05, 13, dtype=np.float32)
@@ -116,6 +114,7 @@ def q6_k(x):
 
 
 K_QUANTS = {"Q2_K": q2_k, "Q3_K": q3_k, "Q4_K": q4_k, "Q5_K": q5_k, "Q6_K": q6_k}
+TYPES = (*PACKAGE, *K_QUANTS)
 
 
 def encoded(x, type: str):

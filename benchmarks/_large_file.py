@@ -1,0 +1,60 @@
+"""A file of 2 GB at the width of FLUX.1, turned into int8: the memory that takes beyond the result, and the time beyond the work.
+
+Its largest layer has 66 million weights. The work alone is reading each tensor, and the quantization op on those that are turned.
+"""
+import time
+from pathlib import Path
+
+import comfy.ops
+import torch
+from comfy.ldm.flux.model import Flux
+from comfy.quant_ops import get_layout_class
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from pack.core.quant import transcode
+from pack.core.quant.loader import load
+from pack.core.quant.plan import Settings
+from pack.core.quant.sensitive import is_sensitive
+
+MOST_EXTRA, MOST_TIME = 300, 1.25   # MiB; of the work alone
+MIB = 2 ** 20
+
+
+def write(path: Path) -> None:
+    network = Flux(
+        image_model="flux", in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=4096, hidden_size=3072, mlp_ratio=4.0, num_heads=24, depth=1,
+        depth_single_blocks=4, axes_dim=[16, 56, 56], theta=10000, patch_size=2, qkv_bias=True, guidance_embed=True, txt_ids_dims=[],
+        dtype=torch.bfloat16, device="meta", operations=comfy.ops.disable_weight_init)
+    save_file({key: torch.randn(tensor.shape, dtype=torch.bfloat16) * 0.02 for key, tensor in network.state_dict().items()}, path)
+
+
+def alone(path: Path) -> float:
+    """Seconds of reading the file and of the op on whole layers."""
+    layout, began = get_layout_class("TensorWiseINT8Layout"), time.perf_counter()
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():     # noqa: SIM118 - it is no dict
+            tensor = file.get_tensor(key)
+            if tensor.ndim == 2 and key.endswith(".weight") and not is_sensitive(key.removesuffix(".weight"), "flux"):
+                layout.quantize(tensor.float(), is_weight=True, per_channel=True, convrot=True, convrot_groupsize=transcode.rotation(tensor.shape[1]))
+            else:
+                tensor.clone()
+    return time.perf_counter() - began
+
+
+def main(folder: Path, Peak) -> int:
+    path = folder / "large.safetensors"
+    write(path)
+    times, extra = [], 0.0
+    for _ in range(3):      # in turn, as a busy machine's clock goes up and down
+        began = time.perf_counter()
+        with Peak() as peak:
+            model = load(path, Settings(compute="int8"))
+        loading = time.perf_counter() - began
+        extra = max(extra, peak.extra)
+        del model
+        times.append((loading, alone(path)))
+    loading, work = min(one for one, _ in times), min(one for _, one in times)
+    print(f"file {path.stat().st_size / MIB:.0f} MiB; extra memory {extra:.0f} MiB (allowed {MOST_EXTRA}); {loading:.1f} s, "
+          f"the work alone {work:.1f} s, {loading / work:.2f} of it (allowed {MOST_TIME})")
+    return 0 if extra <= MOST_EXTRA and loading / work <= MOST_TIME else 1

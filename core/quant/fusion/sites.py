@@ -1,0 +1,147 @@
+"""Where in a family's blocks values come up that may wait: module names, as data.
+
+norms are called on the tokens and modulated right after, activations stand in front of a product, outputs are products that are gated.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+from torch import nn
+
+from ...families.base import module_at
+from .deferred import Deferred, plain
+from .expressions import Activation, Norm, Packed, Product, Silu
+from .heads import norms
+from .scope import Scope
+
+
+@dataclass(frozen=True)
+class Site:
+    """Paths in each block of `stack`; a block that lacks one is without it. packed: a product of q, k and v. qk_norms: norms of q and k."""
+
+    stack: str
+    norms: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    packed: tuple[str, ...] = ()
+    qk_norms: tuple[str, ...] = ()
+
+
+JOINT = {
+    "norms": ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"), "outputs": ("feed_forward.w1",), "packed": ("attention.qkv",),
+}
+SITES = {       # family -> sites
+    "flux": (
+        Site("double_blocks", norms=("img_norm1", "txt_norm1", "img_norm2", "txt_norm2"), activations=("img_mlp.1", "txt_mlp.1"),
+             outputs=("img_attn.proj", "img_mlp", "txt_attn.proj", "txt_mlp"), packed=("img_attn.qkv", "txt_attn.qkv"),
+             qk_norms=("img_attn.norm", "txt_attn.norm")),
+        Site("single_blocks", norms=("pre_norm",), activations=("mlp_act",), outputs=("linear2",), packed=("linear1",), qk_norms=("norm",)),
+    ),
+    "nextdit": (Site("noise_refiner", **JOINT), Site("layers", **JOINT)),
+}
+HALVES = "SiLUActivation"       # the host's, of FLUX.2: silu of the first half of the channels times the second
+
+
+def replacements(scope: Scope, sites: tuple[Site, ...], network: nn.Module, weight: Callable) -> Iterator[tuple[nn.Module, Callable]]:
+    """(module, what is to be its forward for one evaluation). weight: (norm module, tensor) -> its weight, lent."""
+    for site in sites:
+        blocks = list(module_at(network, site.stack) or ())
+        ours = {block: untouched(block) for block in blocks}     # and then, where it is, the forward that it got
+        for block, after in zip_longest(blocks, blocks[1:]):
+            scope.record.blocks += 1
+            for paths, make in ((site.norms, norm), (site.activations, activation), (site.outputs, output), (site.packed, packed), (site.qk_norms, norms)):
+                for module in (module_at(block, path) for path in paths):
+                    if module is not None and (forward := make(scope, module, weight)) is not None:
+                        yield module, forward
+            yield block, ending(scope, block, after, ours)
+
+
+def norm(scope: Scope, module: nn.Module, weight: Callable):
+    rms, own = isinstance(module, nn.RMSNorm), getattr(module, "weight", None)
+    if not rms and not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) != 1 or not rms and own is not None or not scope.kernels:
+        return None
+    before = module.forward
+    lend = None if own is None else lambda like: weight(module, like)
+
+    def forward(x, *args, **kwargs):
+        if args or kwargs or not scope.takes(x) or x.shape[-1] != module.normalized_shape[0]:
+            return before(x, *args, **kwargs)
+        eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps      # what torch takes for none, also in 16 bits
+        return Deferred(scope, Norm(x, before, rms, eps, lend))
+    return forward
+
+
+def activation(scope: Scope, module: nn.Module, weight: Callable):
+    before, name = module.forward, type(module).__name__
+    if isinstance(module, nn.GELU) and module.approximate == "tanh":
+        make = lambda a: Activation(a, None, lambda: before(a))
+    elif isinstance(module, nn.SiLU) and scope.kernels:
+        make = lambda a: Silu(a, before)
+    elif name == HALVES and scope.kernels:
+        make = lambda a: Activation(*a.chunk(2, -1), lambda: before(a))
+    else:
+        return None
+
+    def forward(x, *args, **kwargs):
+        x = plain(x)
+        return before(x, *args, **kwargs) if args or kwargs or not scope.takes(x) else Deferred(scope, make(x))
+    return forward
+
+
+def output(scope: Scope, module: nn.Module, weight: Callable, kind=Product):
+    before = module.forward
+    if not scope.kernels:
+        return None
+
+    def forward(x, *args, **kwargs):
+        y = plain(before(x, *args, **kwargs))
+        return Deferred(scope, kind(y)) if scope.takes(y) else y
+    return forward
+
+
+def packed(scope: Scope, module: nn.Module, weight: Callable):
+    return output(scope, module, weight, Packed)
+
+
+def untouched(block: nn.Module) -> bool:
+    """Whether no other node wraps or watches it."""
+    return "forward" not in vars(block) and not block._forward_hooks and not block._forward_pre_hooks
+
+
+def ending(scope: Scope, block: nn.Module, after: nn.Module | None, ours: dict):
+    """What leaves a block is computed, unless nobody but the block after it sees it, or the host's own code after the last."""
+    before = block.forward
+
+    def held(one) -> bool:
+        return ours[one] and vars(one).get("forward") is ours[one]
+
+    def forward(*args, **kwargs):
+        scope.turning = scope.kernels and scope.every and scope.open and kwargs.get("pe") is not None
+        result = before(*args, **kwargs)
+        return result if scope.open and held(block) and (after is None or held(after)) else plain(result)
+    if ours[block]:
+        ours[block] = forward
+    return forward
+
+
+@contextmanager
+def replaced(pairs) -> Iterator[None]:
+    """Sets `forward` of each module and puts back what was there, last one first."""
+    there = []
+    try:
+        for module, forward in pairs:
+            there.append((module, vars(module).get("forward")))
+            module.forward = forward
+        yield
+    finally:
+        for module, before in reversed(there):
+            if before is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = before
+
+
