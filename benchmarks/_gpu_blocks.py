@@ -34,9 +34,6 @@ def of_model(bench, heading: dict, patcher, subject, few: int) -> None:
         for names in ((), (nodes.FUSED,)):
             for stack, spoken in subject.spoken.items():
                 row = {**heading, "block": spoken, "nodes": nodes.spoken(names), "text_tokens": tokens}
-                if why := nodes.missing(names):
-                    bench.leave(row, why)
-                    continue
                 bench.row(row, lambda names=names, stack=stack, tokens=tokens: of_block(bench, patcher, subject, names, stack, few, tokens), line)
 
 

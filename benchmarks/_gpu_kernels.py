@@ -54,7 +54,8 @@ class ArithmeticFault(RuntimeError):
 
 def line(row: dict) -> str:
     kitchen = f", comfy_kitchen {row['kitchen_us']:.1f}" if row["kitchen_us"] is not None else ""
-    return f"{row['fused_us']:.1f} us, {100 * row['of_roofline']:.0f} % of the copy's speed; host {row['host_us']:.1f}{kitchen}, reference {row['reference_us']:.1f}"
+    return (f"{row['fused_us']:.1f} us, {100 * row['of_roofline']:.0f} % of the copy's speed;"
+            f" host {row['host_us']:.1f}{kitchen}, reference {row['reference_us']:.1f}")
 
 
 # products --------------------------------------------------------------------------------------------------------------

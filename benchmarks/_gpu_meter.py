@@ -10,9 +10,9 @@ import torch
 
 from benchmarks import kernels
 
-MATRIX = ("gemm", "_mm", "::mm", "matmul", "linear", "cutlass", "nvjet", "xmma", "wgmma", "gemv", "splitk", "cublas")
 ATTENTION = ("flash", "fmha", "attn", "attention", "sage")
-QUANTIZING = ("quantize",)      # in the names of kernels that also say what their codes are for
+MATRIX = ("gemm", "cutlass", "nvjet", "xmma", "wgmma", "gemv", "splitk", "cublas", "matmul", "scaled_mm", "_int_mm", "_int8_linear")
+OTHER = ("memcpy", "memset", "dequantize", "quantize")      # told first: kernels that make codes may say what for
 
 
 class GpuMeter:
@@ -44,7 +44,8 @@ class GpuMeter:
         with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profile:
             call()
             torch.cuda.synchronize()
-        on_gpu = [(event.key, event.self_device_time_total) for event in profile.key_averages() if event.device_type is torch.autograd.DeviceType.CUDA]
+        on_gpu = [(event.key, event.self_device_time_total) for event in profile.key_averages()
+                  if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation]
         if not on_gpu:
             raise RuntimeError("the profiler saw no kernel; most often the driver does not allow it to ordinary users")
         return sorted_out(on_gpu)
@@ -72,7 +73,7 @@ class GpuMeter:
 def kind_of(kernel: str) -> str:
     """What a kernel of the GPU does, by its name: products, attention or elementwise."""
     name = kernel.lower()
-    if name.startswith(("memcpy", "memset")) or any(part in name for part in QUANTIZING) and "dequant" not in name:
+    if any(part in name for part in OTHER) and not any(part in name for part in ("cutlass", "gemm")):
         return "elementwise"
     if any(part in name for part in ATTENTION):
         return "attention"

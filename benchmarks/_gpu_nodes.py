@@ -3,15 +3,10 @@ from pack.core.attach import attach_step_cache
 from pack.core.presets import preset_settings
 from pack.core.quant.attention import Settings as AttentionSettings
 from pack.core.quant.attention import attach_attention
+from pack.core.quant.fusion.attach import attach_fused_kernels
 from pack.core.quant.modulation import attach_modulation_cache
 
-try:
-    from pack.core.quant.fusion.attach import attach_fused_kernels
-except ImportError:     # a version of Reprise without them
-    attach_fused_kernels = None
-
 PLAIN, FUSED, ATTENTION, STEP, MODULATION = "as it is", "Fused Kernels", "Attention Backend", "Step Cache, balanced", "Modulation Cache"
-NO_FUSED = "this version of Reprise has no Fused Kernels"
 
 
 def lines(told: list[str]):
@@ -30,11 +25,6 @@ NODES = {
     STEP: lambda model, told: attach_step_cache(model, preset_settings("balanced"), lines(told)),
     MODULATION: modulation_cache,
 }
-
-
-def missing(names: tuple[str, ...]) -> str:
-    """Why these nodes cannot be had."""
-    return NO_FUSED if FUSED in names and attach_fused_kernels is None else ""
 
 
 def put_on(model, names: tuple[str, ...], told: list[str]):

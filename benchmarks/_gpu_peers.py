@@ -66,6 +66,21 @@ def int8_linear(x, x_scales, weight, weight_scales, bias, gate, residual, gelu, 
     return y if residual is None else residual + y
 
 
+def parts(product: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of a product, [B, H, N, D] each, as views."""
+    return product.unflatten(-1, (heads + 2 * kv_heads, -1)).transpose(1, 2).split((heads, kv_heads, kv_heads), 1)
+
+
+def qkv_rope(products, q_weights, k_weights, table, heads, kv_heads, eps, with_v):
+    """q, k and v, where v is wanted; streams joined."""
+    streams = [parts(product, heads, kv_heads) for product in products]
+    q, k = ([normed(stream[place], weight, True, eps) for stream, weight in zip(streams, weights, strict=True)]
+            for place, weights in ((0, q_weights), (1, k_weights)))
+    joined = lambda tensors: torch.cat(tensors, 2) if len(tensors) > 1 else tensors[0]
+    q, k = ck.apply_rope(joined(q), joined(k), table.unsqueeze(1))
+    return (q, k, joined([stream[2] for stream in streams])) if with_v else (q, k)
+
+
 HOST = {        # name of a kernel -> operations of the host; where it has none, the kernel's reference is what it is timed against
     "quantize rows": quantize,
     "modulate": modulate,
@@ -73,6 +88,7 @@ HOST = {        # name of a kernel -> operations of the host; where it has none,
     "gated residual to int8": gated_residual,
     "sandwich residual to int8": sandwich_residual,
     "activate to int8": activate,
+    "qkv norm and rope": qkv_rope,
     "int8 linear": int8_linear,
 }
 
@@ -88,7 +104,16 @@ def kitchen_modulate(x, scale, shift, weight, rms, eps, one_plus):
     return lambda: (ck.rms_adaln if rms else ck.adaln)(x, scale, shift, eps)
 
 
+def kitchen_rope(products, q_weights, k_weights, table, heads, kv_heads, eps, with_v):
+    if len(products) > 1:
+        return None
+    q, k, v = parts(products[0], heads, kv_heads)
+    turned = lambda: ck.rms_rope(q, k, table.unsqueeze(1), q_weights[0], k_weights[0], eps)
+    return (lambda: (*turned(), v)) if with_v else turned
+
+
 PEERS = {       # name of a kernel -> (its inputs) -> a call that does the same, or None where these inputs are not for it
     "quantize rows": kitchen_rows,
     "modulate": kitchen_modulate,
+    "qkv norm and rope": kitchen_rope,
 }

@@ -9,6 +9,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from pack.kernels import _triton
 
 PATH = re.compile(r"(?<![\w.])(?:[A-Za-z]:|~)?[\\/][^\s'\",;:)]+")    # of the file system; a fraction such as 3/4 stays
 MOST_TOLD = 300     # characters of an error
+SAY = partial(print, flush=True)
 OUT_OF_MEMORY = "out of memory"
 FAILURES = [RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, OSError, ImportError, subprocess.SubprocessError]
 if _triton.HAS_TRITON:
@@ -69,7 +71,7 @@ class Record:
 class Bench:
     """What the sections work with: the record, the meter, the sizes, and the time."""
 
-    def __init__(self, record: Record, meter, sizes, now: Callable[[], float] = time.monotonic, say: Callable[[str], None] = lambda text: print(text, flush=True)):
+    def __init__(self, record: Record, meter, sizes, now: Callable[[], float] = time.monotonic, say: Callable[[str], None] = SAY):
         self.record, self.meter, self.sizes, self.now, self.say = record, meter, sizes, now, say
         self.section, self.until, self.longest = "", float("inf"), 0.0
 

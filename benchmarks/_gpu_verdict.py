@@ -19,7 +19,7 @@ NODES_FUSED, NODES_ALL = nodes.spoken((nodes.FUSED,)), nodes.spoken((nodes.FUSED
 
 @dataclass(frozen=True)
 class Wanted:
-    """Of every row that `find` gives, at least or at most `bound`. partial: some rows are not there yet."""
+    """Of every row that `find` gives, at least or at most `bound`. Nothing is judged before all of them are there."""
 
     what: str
     find: Callable[[dict], Rows]
@@ -82,7 +82,8 @@ def against_kitchen(content: dict) -> Rows:
 
 def elementwise(content: dict) -> Rows:
     rows = good(content, "blocks", model="FLUX.1", format=INT8, nodes=NODES_FUSED)
-    return [(f"{row.get('block', '')}, {row.get('text_tokens', '')} text tokens", 100 * row["share"]["elementwise"] if row.get("share") else None) for row in rows]
+    where = lambda row: f"{row.get('block', '')}, {row.get('text_tokens', '')} text tokens"
+    return [(where(row), 100 * row["share"]["elementwise"] if row.get("share") else None) for row in rows]
 
 
 def step(names: str, said: str = "") -> Callable[[dict], Rows]:

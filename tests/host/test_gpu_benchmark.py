@@ -16,7 +16,7 @@ from benchmarks._gpu_sampling import sampled
 from benchmarks._gpu_subjects import BF16, FORMATS, FP8, INT8, Q4_K, flux, load, weights, z_image
 from benchmarks._gpu_verdict import verdicts
 from pack.kernels import KERNELS, _triton
-from pack.kernels.spec import Case
+from pack.kernels.spec import Case, several
 
 CPU = torch.device("cpu")
 FLUX, Z_IMAGE = flux(hidden=256, text=16, pooled=16, double=2, single=2), z_image(dim=256, text=16, layers=2, refiners=1)
@@ -179,7 +179,7 @@ def test_what_a_kernel_is_timed_against_gives_the_same(kernel):
         peer = PEERS.get(kernel.name, lambda **given: None)(**given)
         results += [] if peer is None else [peer()]
         for result in results:
-            for mine, true in zip(kernels_outputs(result), kernels_outputs(wanted), strict=True):
+            for mine, true in zip(outputs(result, wanted), several(wanted), strict=True):
                 tried += 1
                 assert mine.shape == true.shape and mine.dtype is true.dtype
                 near = 1 if true.dtype is torch.int8 else 1e-4 * true.abs().max().item()
@@ -187,8 +187,13 @@ def test_what_a_kernel_is_timed_against_gives_the_same(kernel):
     assert tried
 
 
-def kernels_outputs(result) -> tuple:
-    return result if isinstance(result, tuple) else (result,)
+def outputs(result, wanted) -> tuple:
+    """Where the kernel joins what the host has apart, that joined."""
+    return several(result) if isinstance(wanted, tuple) or isinstance(result, torch.Tensor) else (torch.cat(result, 1),)
+
+
+def test_every_peer_is_that_of_a_kernel():
+    assert HOST.keys() | PEERS.keys() <= {kernel.name for kernel in KERNELS}
 
 
 def test_every_way_to_multiply_has_a_row(bench):
@@ -206,19 +211,19 @@ def test_a_block_takes_what_more_blocks_take_longer(bench):
         *[("FLUX.1", form, *block) for form in FORMATS for block in (("double-stream", 2.0), ("single-stream", 1.0))],
         *[("Z-Image", form, "single-stream", 4.0) for form in FORMATS]]
     assert all(row["finite"] and "doubt" not in row for row in rows)
-    fused = [row for part in (content["blocks"], content["not_run"]) for row in part if row["nodes"] == _gpu_nodes.FUSED]
-    assert len(fused) == len(rows) and all(row.get("why") == _gpu_nodes.NO_FUSED or row["told"] for row in fused)
+    fused = [row for row in content["blocks"] if row["nodes"] == _gpu_nodes.FUSED]
+    assert len(fused) == len(rows) and all("Fused Kernels" in row["told"][0] for row in fused) and not content["not_run"]
 
 
 def test_shares_are_of_the_blocks_alone(bench):
     """What the embedders and the last layer take is in both and falls out."""
     patcher = load(FLUX, BF16, CPU)
-    blocks, rest = patcher.model.diffusion_model.double_blocks, {"products": 1.0, "attention": 0.5, "elementwise": 2.5}
-    bench.meter.shares = lambda call: {kind: part + rest[kind] for kind, part in (
-        ("products", 6.0 * len(patcher.model.diffusion_model.double_blocks)), ("attention", 3.0 * len(patcher.model.diffusion_model.double_blocks)),
-        ("elementwise", 1.0 * len(patcher.model.diffusion_model.double_blocks)))}
-    found = _gpu_blocks.shares(bench, patcher, FLUX, patcher.model.diffusion_model, "double_blocks", 1, 7)
-    assert found == {"products": 0.6, "attention": 0.3, "elementwise": 0.1} and patcher.model.diffusion_model.double_blocks is blocks
+    network = patcher.model.diffusion_model
+    blocks, rest = network.double_blocks, {"products": 1.0, "attention": 0.5, "elementwise": 2.5}
+    each = {"products": 6.0, "attention": 3.0, "elementwise": 1.0}
+    bench.meter.shares = lambda call: {kind: each[kind] * len(network.double_blocks) + rest[kind] for kind in each}
+    found = _gpu_blocks.shares(bench, patcher, FLUX, network, "double_blocks", 1, 7)
+    assert found == {"products": 0.6, "attention": 0.3, "elementwise": 0.1} and network.double_blocks is blocks
 
 
 def test_a_hindered_profiler_costs_the_shares_and_not_the_times(bench):
@@ -235,9 +240,7 @@ def test_the_model_is_sampled_in_every_format_and_with_every_node(bench):
     content = written(bench)
     rows = {(row["format"], row["nodes"]): row for row in content["model"]}
     asked = [_gpu_nodes.spoken(names) for group in _gpu_model.GROUPS for names in group]
-    run = [spoken for spoken in asked if _gpu_nodes.attach_fused_kernels is not None or _gpu_nodes.FUSED not in spoken]
-    assert list(rows) == [(form, spoken) for form in _gpu_model.BYTES for spoken in run]
-    assert {(row["format"], row["nodes"]) for row in content["not_run"]} == {(form, spoken) for form in _gpu_model.BYTES for spoken in asked if spoken not in run}
+    assert list(rows) == [(form, spoken) for form in _gpu_model.BYTES for spoken in asked] and not content["not_run"]
     for (form, spoken), row in rows.items():
         assert row["finite"] and row["steps"] == TINY.steps and row["peak_gib"] == 3.0, (form, spoken)
         assert bool(row["told"]) == (spoken != _gpu_nodes.PLAIN)
@@ -371,10 +374,10 @@ def test_the_command_ends_with_the_file_and_the_verdicts(tmp_path, capsys, monke
 def test_kernels_are_told_apart_by_their_names():
     names = {
         "products": ["sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "nvjet_hsh_128x256_64x4", "_int8_linear_kernel", "void cutlass::Kernel2<cutlass_80_tensorop>",
-                     "ampere_bf16_s16816gemm_bf16_128x256", "void gemv2T_kernel_val<int>"],
+                     "ampere_bf16_s16816gemm_bf16_128x256", "void gemv2T_kernel_val<int>", "cutlass_int8_dequantize_gemm"],
         "attention": ["void pytorch_flash::flash_fwd_kernel<>", "cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "qk_int8_sv_f16_accum_f32_attn_kernel"],
-        "elementwise": ["void at::native::vectorized_elementwise_kernel<4>", "_quantize_kernel", "_modulate_kernel", "Memcpy DtoD", "quantize_int8_rowwise_kernel",
-                        "void at::native::vectorized_layer_norm_kernel", "_codes_kernel"],
+        "elementwise": ["void at::native::vectorized_elementwise_kernel<4>", "_quantize_kernel", "_modulate_kernel", "Memcpy DtoD",
+                        "quantize_int8_rowwise_kernel", "dequantize_int8_linear_kernel", "void at::native::vectorized_layer_norm_kernel", "_codes_kernel"],
     }
     for kind, kernels_of_it in names.items():
         for name in kernels_of_it:
