@@ -5,11 +5,12 @@
 So the embedders, the last layer and the sampler fall out, and the host's own code runs the blocks, from one to the next.
 """
 from contextlib import contextmanager
+from statistics import median
 
 from torch import nn
 
 from benchmarks import _gpu_nodes as nodes
-from benchmarks._gpu_meter import median
+from benchmarks._gpu_record import reason
 from benchmarks._gpu_sampling import sampled
 from benchmarks._gpu_subjects import FORMATS, load
 
@@ -48,10 +49,11 @@ def of_block(bench, patcher, subject, names: tuple[str, ...], stack: str, few: i
     with shortened(network, stack, few):
         rest = sampled(bench, model, subject, tokens, steps)
     row = {"ms": round((median(whole.steps[1:]) - median(rest.steps[1:])) / more, 4), "finite": whole.finite, "told": told[:1]}
-    try:
-        row["share"] = shares(bench, model, subject, network, stack, few, tokens)
-    except RuntimeError as error:       # times are there, whatever hinders the profiler
-        row |= {"share": None, "no_share": str(error)}
+    if tokens == bench.sizes.text_tokens[0]:
+        try:
+            row["share"] = shares(bench, model, subject, network, stack, few, tokens)
+        except RuntimeError as error:       # times are there, whatever hinders the profiler
+            row |= {"share": None, "no_share": reason(error)}
     if not row["ms"] > 0:
         row["doubt"] = "more blocks took no longer; something else held the GPU"
     return row
@@ -80,5 +82,5 @@ def shortened(network: nn.Module, stack: str, count: int):
 
 
 def line(row: dict) -> str:
-    share = row["share"]
+    share = row.get("share")
     return f"{row['ms']:.3f} ms" + (f", {100 * share['elementwise']:.0f} % of it neither products nor attention" if share else "")

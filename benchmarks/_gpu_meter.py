@@ -1,6 +1,5 @@
 """How `bench gpu` measures: times by events on the GPU, memory by torch's own count, shares by its profiler."""
 import gc
-import math
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -86,9 +85,3 @@ def sorted_out(times: list[tuple[str, float]]) -> dict[str, float]:
     for name, time in times:
         found[kind_of(name)] += time / 1000
     return {kind: found[kind] for kind in ("products", "attention", "elementwise")}
-
-
-def median(values: list[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return math.nan if not ordered else ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

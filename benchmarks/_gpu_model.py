@@ -2,14 +2,15 @@
 
 What does not fit on the GPU is left out and told. How many steps Step Cache skips on random weights says nothing about real ones.
 """
+from statistics import median
+
 from benchmarks import _gpu_nodes as nodes
-from benchmarks._gpu_meter import median
 from benchmarks._gpu_sampling import sampled
 from benchmarks._gpu_subjects import BF16, INT8, Q4_K, load
 
 GIB = 1 << 30
 SPARE = 4 * GIB         # for what is computed with beside the weights, and for the desktop
-BYTES = {INT8: 14.2, Q4_K: 6.4, BF16: 22.2}     # GiB of FLUX.1 dev; notes of the loader's report agree
+BYTES = {INT8: 14.2, Q4_K: 6.4, BF16: 22.2}     # GiB of the GPU that FLUX.1 dev takes
 HELD = {INT8: 1.5, Q4_K: 1.5, BF16: 24.0}       # GiB of the host's memory that loading it takes: the host copies bf16 for itself
 LOADING = 25.0          # seconds
 GROUPS = (              # nodes on the model: those of a group follow each other on one loaded model
@@ -57,7 +58,6 @@ def whole_run(bench, patcher, names: tuple[str, ...]) -> dict:
     tokens, subject = bench.sizes.text_tokens[0], bench.sizes.whole
     sampled(bench, model, subject, tokens, 2)      # loads, compiles, warms up
     del told[once:]
-    bench.release()
     bench.meter.restart_peak()
     found = sampled(bench, model, subject, tokens, bench.sizes.steps)
     return {

@@ -95,7 +95,7 @@ HOST = {        # name of a kernel -> operations of the host; where it has none,
 
 # one operation of comfy_kitchen ----------------------------------------------------------------------------------------
 def kitchen_rows(x, rotation):
-    return None if rotation else lambda: ck.quantize_int8_rowwise(x)
+    return (lambda: coded(x, True)) if rotation else lambda: ck.quantize_int8_rowwise(x)
 
 
 def kitchen_modulate(x, scale, shift, weight, rms, eps, one_plus):

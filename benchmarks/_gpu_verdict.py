@@ -38,8 +38,8 @@ class Wanted:
         return {**verdict, "measured": round(worst, 4), "where": where, "verdict": MET if met else MISSED}
 
 
-def good(content: dict, section: str, **wanted) -> list[dict]:
-    """Rows of a section that have these values and did not fail; failed ones too, so that they count as not measured."""
+def such(content: dict, section: str, **wanted) -> list[dict]:
+    """Rows of a section that have these values; failed ones too, so that they count as not measured."""
     return [row for row in content.get(section, []) if all(row.get(key) == value for key, value in wanted.items())]
 
 
@@ -48,7 +48,7 @@ def of_kernels(names: tuple[str, ...], number: Callable[[dict], float], case: st
     def find(content: dict) -> Rows:
         found: Rows = []
         for name in names:
-            rows = [row for row in good(content, "kernels", kernel=name) if row["case"].startswith(case)]
+            rows = [row for row in such(content, "kernels", kernel=name) if row["case"].startswith(case)]
             found += [(f"{name}, {row['case']}", None if "failed" in row else number(row)) for row in rows] or [(name, None)]
         return found
     return find
@@ -65,7 +65,7 @@ def against_host(row: dict) -> float:
 
 def tops(way: str, shape: str = "") -> Callable[[dict], Rows]:
     def find(content: dict) -> Rows:
-        rows = [row for row in good(content, "products", way=way) if shape in ("", row["shape"]) and row["shape"].startswith("4352 ")]
+        rows = [row for row in such(content, "products", way=way) if shape in ("", row["shape"]) and row["shape"].startswith("4352 ")]
         return [(row["shape"], row.get("tops")) for row in rows]
     return find
 
@@ -75,13 +75,13 @@ def percent(find: Callable[[dict], Rows], whole: float) -> Callable[[dict], Rows
 
 
 def against_kitchen(content: dict) -> Rows:
-    theirs = {row["shape"]: row.get("tops") for row in good(content, "products", way=KITCHEN_FROM_BF16)}
-    pairs = [(row["shape"], row.get("tops"), theirs.get(row["shape"])) for row in good(content, "products", way=OWN_FROM_BF16)]
+    theirs = {row["shape"]: row.get("tops") for row in such(content, "products", way=KITCHEN_FROM_BF16)}
+    pairs = [(row["shape"], row.get("tops"), theirs.get(row["shape"])) for row in such(content, "products", way=OWN_FROM_BF16)]
     return [(shape, mine / other if mine and other else None) for shape, mine, other in pairs]
 
 
 def elementwise(content: dict) -> Rows:
-    rows = good(content, "blocks", model="FLUX.1", format=INT8, nodes=NODES_FUSED)
+    rows = [row for row in such(content, "blocks", model="FLUX.1", format=INT8, nodes=NODES_FUSED) if "share" in row or "failed" in row]
     where = lambda row: f"{row.get('block', '')}, {row.get('text_tokens', '')} text tokens"
     return [(where(row), 100 * row["share"]["elementwise"] if row.get("share") else None) for row in rows]
 
@@ -89,7 +89,7 @@ def elementwise(content: dict) -> Rows:
 def step(names: str, said: str = "") -> Callable[[dict], Rows]:
     """ms of a step of the int8 model; where `said` was not said by a node, it is not the row that was meant."""
     def find(content: dict) -> Rows:
-        rows = good(content, "model", format=INT8, nodes=names)
+        rows = such(content, "model", format=INT8, nodes=names)
         return [(names, row["median_ms"] if "median_ms" in row and said in " ".join(row["told"]) else None) for row in rows]
     return find
 

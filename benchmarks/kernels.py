@@ -12,6 +12,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -29,6 +30,8 @@ from pack.kernels._triton import HAS_TRITON, usable
 from pack.kernels.spec import faults
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.json"
+CACHE = 256 << 20               # bytes, more than the cache of any GPU
+FEW, MANY, LONG = 5, 200, 80    # calls at the least and at the most, and milliseconds that they should take
 COMPILED = RESULTS.with_name("kernels-compile.json")
 COLUMNS = ("kernel", "case", "arch", "registers", "stack_bytes", "local_bytes", "shared_bytes", "instruction")
 
@@ -58,9 +61,23 @@ def correctness(small: bool) -> list[str]:
 
 
 def microseconds(call) -> float:
-    from triton.testing import do_bench  # it empties the cache of the GPU between calls
+    """The median of calls between which the GPU's cache is emptied."""
+    call()
+    flush = torch.empty(CACHE, dtype=torch.int8, device="cuda")
+    few = between(call, flush, FEW)
+    return 1000 * median(between(call, flush, max(FEW, min(MANY, int(LONG / max(median(few), 1e-3))))))
 
-    return 1000 * do_bench(call, quantiles=[0.5])
+
+def between(call, flush: torch.Tensor, times: int) -> list[float]:
+    """Milliseconds of each of so many calls."""
+    stamps = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(times)]
+    for begun, ended in stamps:
+        flush.zero_()
+        begun.record()
+        call()
+        ended.record()
+    torch.cuda.synchronize()
+    return [begun.elapsed_time(ended) for begun, ended in stamps]
 
 
 def bytes_per_microsecond() -> float:

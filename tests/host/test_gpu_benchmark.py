@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import _gpu_blocks, _gpu_kernels, _gpu_machine, _gpu_model, _gpu_nodes, gpu, kernels
-from benchmarks._gpu_meter import sorted_out
+from benchmarks._gpu_meter import GpuMeter, sorted_out
 from benchmarks._gpu_peers import HOST, PEERS
 from benchmarks._gpu_record import OUT_OF_MEMORY, Bench, Record, scrubbed
 from benchmarks._gpu_sampling import sampled
@@ -368,6 +368,60 @@ def test_the_command_ends_with_the_file_and_the_verdicts(tmp_path, capsys, monke
     assert content["finished"] and set(content["seconds"]) == {each.name for each in gpu.SECTIONS}
     assert all(content[each.name] for each in gpu.SECTIONS) and content["copy_tb_per_s"] == 2.0
     assert len(content["verdicts"]) == 7 and "NOT MEASURED" in said and str(file) in said
+
+
+# the clock of a GPU ----------------------------------------------------------------------------------------------------
+class Event:
+    """Stands in for torch.cuda.Event: the time of the made-up GPU when it was recorded."""
+
+    gpu = 0.0
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+
+    def record(self):
+        self.at = Event.gpu
+
+    def elapsed_time(self, other) -> float:
+        return other.at - self.at
+
+
+@pytest.fixture
+def events(monkeypatch):
+    monkeypatch.setattr(Event, "gpu", 0.0)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, device=None, **more: empty(4 if shape == (kernels.CACHE,) else shape, **more))
+
+
+def test_a_call_takes_the_median_of_its_times_between_events(events):
+    calls = []
+
+    def call():
+        calls.append(50.0 if len(calls) % 5 == 2 else 4.0)
+        Event.gpu += calls[-1]
+
+    assert kernels.microseconds(call) == 4000.0
+    assert len(calls) == 1 + kernels.FEW + kernels.LONG / 4
+
+
+def test_stamps_are_events_of_the_gpu(events):
+    meter, stamps = GpuMeter(), []
+    for each in (0.0, 3.0, 4.5):
+        Event.gpu += each
+        stamps.append(meter.stamp())
+    assert meter.milliseconds(stamps) == [3.0, 4.5] and meter.host_room() > 0
+
+
+def test_without_triton_kernels_are_left_out_and_products_of_others_timed(bench, monkeypatch):
+    bench.sizes = replace(TINY, small_kernels=False)
+    _gpu_kernels.run(begun(bench, "kernels"))
+    _gpu_kernels.run_products(begun(bench, "products"))
+    content = written(bench)
+    ways = {row["way"] for row in content["products"]}
+    assert "kernels" not in content and content["copy_tb_per_s"] and ways == set(_gpu_kernels.WAYS) - {_gpu_kernels.OWN, _gpu_kernels.OWN_FROM_BF16}
+    assert {row["why"] for row in content["not_run"]} == {_triton.hindrance(CPU)}
 
 
 # names of kernels ------------------------------------------------------------------------------------------------------
