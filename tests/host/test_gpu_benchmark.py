@@ -1,7 +1,9 @@
 """The benchmark for GPUs, run whole on the CPU at tiny sizes, with a clock and a memory that the test makes up."""
+import gc
 import getpass
 import json
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -247,6 +249,33 @@ def test_the_model_is_sampled_in_every_format_and_with_every_node(bench):
     plain, aside = rows[INT8, _gpu_nodes.PLAIN], rows[INT8, _gpu_nodes.MODULATION]
     assert plain["ms_per_step"] == plain["median_ms"] == 2 * 2.0 + 2 * 1.0 + 7.0
     assert any("stayed off the GPU" in line for line in aside["told"]) and any("Step Cache" in line for line in rows[INT8, _gpu_nodes.STEP]["told"])
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["all is well", "no memory in every row"])
+def test_a_model_is_gone_before_the_next_is_loaded(bench, monkeypatch, broken):
+    models, wrapped = [], _gpu_model.load
+
+    def loaded(*arguments):
+        assert not [model for model in models if model() is not None]
+        patcher = wrapped(*arguments)
+        models.append(weakref.ref(patcher.model))
+        return patcher
+
+    def starved(bench, model, *_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(_gpu_model, "load", loaded)
+    monkeypatch.setattr(_gpu_model, "BYTES", {INT8: 14.2, Q4_K: 6.4})
+    bench.meter.release = gc.collect
+    if broken:
+        monkeypatch.setattr(_gpu_model, "sampled", starved)
+    else:
+        monkeypatch.setattr(_gpu_model, "GROUPS", ((_gpu_model.GROUPS[0][2],), (_gpu_model.GROUPS[1][1],)))
+    _gpu_model.run(begun(bench, "model"))
+    gc.collect()
+    rows = written(bench)["model"]
+    assert len(models) == 4 and not [model for model in models if model() is not None]
+    assert {row.get("failed", "") for row in rows} == {OUT_OF_MEMORY if broken else ""}
 
 
 def test_what_does_not_fit_is_left_out_and_told(bench):
