@@ -12,6 +12,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -29,23 +30,30 @@ from pack.kernels._triton import HAS_TRITON, usable
 from pack.kernels.spec import faults
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.json"
+CACHE = 256 << 20               # bytes, more than the cache of any GPU
+FEW, MANY, LONG = 5, 200, 80    # calls at the least and at the most, and milliseconds that they should take
 COMPILED = RESULTS.with_name("kernels-compile.json")
 COLUMNS = ("kernel", "case", "arch", "registers", "stack_bytes", "local_bytes", "shared_bytes", "instruction")
+
+
+def given(kernel, case, dtype: torch.dtype, device="cuda" if GPU else "cpu") -> dict:
+    """The arguments of a case, the same on every call."""
+    torch.manual_seed(0)
+    return kernel.inputs(case.shape, **case.sizes, dtype=dtype, device=device)
 
 
 def cases(small: bool):
     for kernel in KERNELS:
         for case in kernel.cases:
             for dtype in kernel.dtypes if case.small is small else ():
-                torch.manual_seed(0)
-                yield kernel, case, dtype, kernel.inputs(case.shape, **case.sizes, dtype=dtype, device="cuda" if GPU else "cpu")
+                yield kernel, case, dtype, given(kernel, case, dtype)
 
 
 def correctness(small: bool) -> list[str]:
     """A line for each case; returns those that are wrong."""
     wrong = []
-    for kernel, case, dtype, given in cases(small):
-        found = faults(kernel, kernel.fused(**given), kernel.reference(**given), dtype)
+    for kernel, case, dtype, inputs in cases(small):
+        found = faults(kernel, kernel.fused(**inputs), kernel.reference(**inputs), dtype)
         line = f"{kernel.name:22} {case.name:34} {str(dtype).removeprefix('torch.'):9} "
         print(line + (f"WRONG: {'; '.join(found)}" if found else "right"), flush=True)
         wrong += [line] if found else []
@@ -53,9 +61,23 @@ def correctness(small: bool) -> list[str]:
 
 
 def microseconds(call) -> float:
-    from triton.testing import do_bench  # it empties the cache of the GPU between calls
+    """The median of calls between which the GPU's cache is emptied."""
+    call()
+    flush = torch.empty(CACHE, dtype=torch.int8, device="cuda")
+    few = between(call, flush, FEW)
+    return 1000 * median(between(call, flush, max(FEW, min(MANY, int(LONG / max(median(few), 1e-3))))))
 
-    return 1000 * do_bench(call, quantiles=[0.5])
+
+def between(call, flush: torch.Tensor, times: int) -> list[float]:
+    """Milliseconds of each of so many calls."""
+    stamps = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(times)]
+    for begun, ended in stamps:
+        flush.zero_()
+        begun.record()
+        call()
+        ended.record()
+    torch.cuda.synchronize()
+    return [begun.elapsed_time(ended) for begun, ended in stamps]
 
 
 def bytes_per_microsecond() -> float:
@@ -64,20 +86,29 @@ def bytes_per_microsecond() -> float:
     return 2 * source.numel() / microseconds(lambda: target.copy_(source))
 
 
+def timed_row(kernel, case, dtype: torch.dtype, inputs: dict, speed: float, measure) -> dict:
+    """measure: a call -> its microseconds; speed: bytes that memory moves in one."""
+    with torch.no_grad():
+        reference, fused = (measure(lambda run=run: run(**inputs)) for run in (kernel.reference, kernel.fused))
+    least = kernel.traffic(**inputs) / speed
+    return {
+        "kernel": kernel.name, "case": case.name, "dtype": str(dtype).removeprefix("torch."), "reference_us": round(reference, 2),
+        "fused_us": round(fused, 2), "roofline_us": round(least, 2), "speedup": round(reference / fused, 2), "of_roofline": round(least / fused, 3),
+    }
+
+
+def line_of(row: dict) -> str:
+    return (f"{row['kernel']:22} {row['case']:34} {row['dtype']:9} {row['reference_us']:9.1f} -> {row['fused_us']:8.1f} us, {row['speedup']:5.2f}x,"
+            f" {100 * row['of_roofline']:.0f} % of the roofline")
+
+
 def timed() -> list[dict]:
     speed, rows = bytes_per_microsecond(), []
     gpu = torch.cuda.get_device_name()
     print(f"\n{gpu}, a copy moves {speed / 1e6:.2f} TB/s")
-    for kernel, case, dtype, given in cases(small=False):
-        with torch.no_grad():
-            reference, fused = (microseconds(lambda run=run, given=given: run(**given)) for run in (kernel.reference, kernel.fused))
-        least = kernel.traffic(**given) / speed
-        row = {
-            "kernel": kernel.name, "case": case.name, "dtype": str(dtype).removeprefix("torch."), "gpu": gpu, "reference_us": round(reference, 2),
-            "fused_us": round(fused, 2), "roofline_us": round(least, 2), "speedup": round(reference / fused, 2), "of_roofline": round(least / fused, 3),
-        }
-        print(f"{row['kernel']:22} {row['case']:34} {row['dtype']:9} {reference:9.1f} -> {fused:8.1f} us, {row['speedup']:5.2f}x,"
-              f" {100 * row['of_roofline']:.0f} % of the roofline", flush=True)
+    for kernel, case, dtype, inputs in cases(small=False):
+        row = {**timed_row(kernel, case, dtype, inputs, speed, microseconds), "gpu": gpu}
+        print(line_of(row), flush=True)
         rows.append(row)
     return rows
 

@@ -73,7 +73,7 @@ def bench(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in known:
         raise Failure(f"which benchmark? known: {', '.join(known)}")
     name, *more = arguments
-    env = environment()
+    env = environment(tests=False)      # so that a user's own ComfyUI will do
     return run([env.python, "-m", f"benchmarks.{name.replace('-', '_')}", *more], cwd=ROOT, env=env.variables())
 
 

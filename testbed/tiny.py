@@ -134,19 +134,24 @@ def fill_(net: nn.Module, seed: int = 0) -> nn.Module:
     """Every tensor from a generator of its own name, so that neither order nor size of the rest matters."""
     for name, p in net.named_parameters():
         generator = Generator().manual_seed((zlib.crc32(name.encode()) ^ seed * 2654435761) & 0x7FFFFFFF)
-        noise = torch.randn(p.shape, generator=generator)
-        learnt = name.endswith("modulation") or "pad_token" in name      # a table or a token, not a matrix
-        if p.ndim >= 2 and not learnt:
-            p.copy_(noise * (0.5 if any(part in name for part in MODULATION) else 1.0) / math.sqrt(p[0].numel()))
-            for columns in (columns or p.shape[1] for end, columns in TIME_IN.items() if name.endswith(end)):
-                half = columns // 2
-                slow = (torch.arange(half) >= SLOW * half).float()
-                p[:, :columns].mul_(torch.cat([slow, slow]) / math.sqrt(1 - SLOW))
-        elif p.ndim == 1 and name.endswith(("weight", "scale")):
-            p.fill_(1.0)
-        else:
-            p.copy_(noise * 0.02)
+        p.copy_(value(name, p.shape, generator))
     return net
+
+
+def value(name: str, shape: torch.Size, generator: Generator) -> Tensor:
+    """What stands at `name`: fp32, where the generator is."""
+    noise = torch.randn(shape, generator=generator, device=generator.device)
+    learnt = name.endswith("modulation") or "pad_token" in name      # a table or a token, not a matrix
+    if len(shape) == 1 and name.endswith(("weight", "scale")):
+        return torch.ones_like(noise)
+    if len(shape) < 2 or learnt:
+        return noise.mul_(0.02)
+    noise.mul_(0.5 if any(part in name for part in MODULATION) else 1.0).div_(math.sqrt(noise[0].numel()))
+    for columns in (columns or shape[1] for end, columns in TIME_IN.items() if name.endswith(end)):
+        half = columns // 2
+        slow = (torch.arange(half, device=noise.device) >= SLOW * half).float()
+        noise[:, :columns].mul_(torch.cat([slow, slow]) / math.sqrt(1 - SLOW))
+    return noise
 
 
 def weights(name: str, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, str]]:
