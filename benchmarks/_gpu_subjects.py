@@ -135,7 +135,7 @@ def q4_k(shape: torch.Size, device: torch.device) -> Tensor:
 
 
 def load(subject: Subject, form: str, device: torch.device):
-    """A ModelPatcher, by the pack's loader and the host's."""
+    """A ModelPatcher, by the pack's loader and the host's, whose weights are on the GPU as a whole while it samples."""
     file = weights(subject, form, device)
     patcher, _ = load_file(file, Settings(compute="int8" if form in PACKED else "host"), disable_dynamic=True)
     return patcher
