@@ -84,7 +84,8 @@ JUDGING = ("error_budget.py", "handed_on.py", "hindcast.py", "policies/error_con
 CALIBRATING = ("calibrate.py", *(f"profiles/{path.name}" for path in (ROOT / "core" / "stepcache" / "profiles").glob("*.py")))
 ASKED_BY = {f"core/stepcache/{name}": (_methods.ERROR_CONTROL, _methods.PROFILE) for name in JUDGING}
 ASKED_BY |= {f"core/stepcache/{name}": (_methods.PROFILE,) for name in CALIBRATING}
-ELSEWHERE = ("core/reference/",)     # no run without references asks these
+ELSEWHERE = ("core/reference/", "core/quant/")      # no run without references, on a full model, asks these
+ASKED = ("_triton", "combine", "drift")     # of kernels/
 WORDS = 4       # a string of so many is a sentence
 
 
@@ -92,9 +93,9 @@ WORDS = 4       # a string of so many is a sentence
 def engine(method: str) -> str:
     """A hash of what makes a method's numbers: the code of core/ and kernels/ without comments, docstrings and what is told to the user."""
     digest = hashlib.sha256()
-    for file in sorted(path for part in ("core", "kernels") for path in (ROOT / part).rglob("*.py")):
+    for file in sorted(path for part in ("core", "kernels") for path in (ROOT / part).rglob("*.py") if "gguf" not in path.parts):
         name = file.relative_to(ROOT).as_posix()
-        if method in ASKED_BY.get(name, (method,)) and not name.startswith(ELSEWHERE):
+        if method in ASKED_BY.get(name, (method,)) and not name.startswith(ELSEWHERE) and (file.parent.name != "kernels" or file.stem in ASKED):
             digest.update(f"{name}\n{ast.dump(Unsaid().visit(ast.parse(file.read_text(encoding='utf-8'))))}\n".encode())
     return digest.hexdigest()[:12]
 

@@ -33,6 +33,7 @@ from .stepcache.governor import adds_noise, stand_down
 from .stepcache.levels import Blocks, Call, GuidedOutput, ModelOutput, Seam, UnetEncoder, Unfit
 from .stepcache.profiles import read
 from .store import ASIDE, Row
+from .wrappers import attached, options_of
 
 log = logging.getLogger("reprise")
 
@@ -61,12 +62,7 @@ class Attachment:
 
 def attach_step_cache(model, settings: Settings, notify: Callable[[Report], None] = lambda report: None):
     """A clone of `model` with the step cache on it; a second one takes the place of the first."""
-    clone = model.clone()
-    clone.model_options.setdefault("transformer_options", {})[KEY] = Attachment(settings, notify)
-    for kind, wrapper in WRAPPERS.items():
-        clone.remove_wrappers_with_key(kind, KEY)
-        clone.add_wrapper_with_key(kind, KEY, wrapper)
-    return clone
+    return attached(model, KEY, Attachment(settings, notify), WRAPPERS)
 
 
 def check_profile(model, settings: Settings) -> None:
@@ -252,9 +248,7 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
 def diffusion_model(executor, *args, **kwargs):
     if torch.compiler.is_compiling():   # asked before anything of the run is looked at, which a graph would be compiled anew for
         return executor(*args, **kwargs)
-    options = kwargs.get("transformer_options")
-    if options is None:
-        options = next((a for a in reversed(args) if isinstance(a, dict) and "sigmas" in a), {})
+    options = options_of(args, kwargs)
     run = options.get(RUN)
     if run is None or not run.family.wrapped or run.level.seam is not Seam.NETWORK:
         return executor(*args, **kwargs)

@@ -18,6 +18,7 @@ from comfy.ldm.modules.attention import get_attention_function
 from comfy.patcher_extension import WrappersMP
 
 from ..step import Clock
+from ..wrappers import attached
 from .attention_backends import BACKENDS, Backend, Call, told
 from .machine import EIGHT_BIT_ATTENTION
 
@@ -90,12 +91,7 @@ class Attachment:
 
 def attach_attention(model, settings: Settings, notify: Callable[[Record], None] = lambda record: None):
     """A clone of `model` whose attention is served by the settings' backend; a second one takes the place of the first."""
-    clone = model.clone()
-    clone.model_options.setdefault("transformer_options", {})[KEY] = Attachment(settings, notify)
-    for kind, wrapper in WRAPPERS.items():
-        clone.remove_wrappers_with_key(kind, KEY)
-        clone.add_wrapper_with_key(kind, KEY, wrapper)
-    return clone
+    return attached(model, KEY, Attachment(settings, notify), WRAPPERS)
 
 
 class Run:

@@ -16,6 +16,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..memory import enlarged
+from ..wrappers import attached
 from .bank import Bank
 from .handle import NAME, Facts
 from .run import Keeping, Record, Run
@@ -46,12 +47,7 @@ def last_run(model) -> tuple[Record | None, Bank] | None:
 
 def attach_references(model, keeping: Keeping | None = None, notify: Callable[[Record], None] = lambda record: None, bank: Bank = BANK):
     """A clone of `model` that can read handles; a second injector takes the place of the first."""
-    clone = model.clone()
-    clone.model_options.setdefault("transformer_options", {})[KEY] = Attachment(keeping or Keeping(), bank, notify)
-    for kind, wrapper in WRAPPERS.items():
-        clone.remove_wrappers_with_key(kind, KEY)
-        clone.add_wrapper_with_key(kind, KEY, wrapper)
-    return clone
+    return attached(model, KEY, Attachment(keeping or Keeping(), bank, notify), WRAPPERS)
 
 
 def outer_sample(executor, *args, **kwargs):

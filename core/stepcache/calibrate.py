@@ -24,6 +24,7 @@ from ..knob import shown
 from ..report import Report
 from ..step import CLOSE, Clock
 from ..store import Row
+from ..wrappers import options_of
 from .governor import DETERMINISTIC, adds_noise, most_skips, stand_down
 from .policies.profile import FromProfile
 from .profiles import Check, Facts, Plan, Profile, no_name, write
@@ -236,9 +237,7 @@ def listened(model, recording: Recording, clock: Clock):
         return denoised
 
     def diffusion_model(executor, *args, **kwargs):
-        options = kwargs.get("transformer_options")
-        if options is None:
-            options = next((a for a in reversed(args) if isinstance(a, dict) and "sigmas" in a), {})
+        options = options_of(args, kwargs)
         rows = rows_of(options, args[0] if args else kwargs.get("x")) if recording.family is not None and recording.family.wrapped else ()
         return recording.inside(rows, executor.class_obj, lambda: executor(*args, **kwargs))
 

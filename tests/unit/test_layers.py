@@ -16,7 +16,7 @@ FILES = sorted(file for part in PARTS for file in (ROOT / part).rglob("*.py")) +
 LAYERS = (
     ("kernels", 0),
     ("core.families", 1), ("core.step", 1), ("core.store", 1), ("core.registry", 1), ("core.knob", 1), ("core.report", 1), ("core.runs", 1),
-    ("core.conditions", 1), ("core.memory", 1),
+    ("core.conditions", 1), ("core.memory", 1), ("core.wrappers", 1),
     ("core.stepcache", 2), ("core.reference", 2), ("core.quant", 2),
     ("core.attach", 3), ("core.run", 3), ("core.presets", 3), ("core", 3),
     ("compare", 4),

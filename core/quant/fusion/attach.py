@@ -17,6 +17,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ....kernels._triton import failure, hindrance
 from ...families import family_of
+from ...wrappers import attached, options_of
 from .deferred import plain
 from .scope import Record, Scope
 from .sites import SITES, replaced, replacements
@@ -51,12 +52,8 @@ class Attachment:
 
 def attach_fused_kernels(model, settings: Settings | None = None, notify: Callable[[Record], None] = lambda record: None):
     """A clone of `model` with the kernels in its blocks; a second call replaces what the first set."""
-    clone = model.clone()
-    clone.model_options.setdefault("transformer_options", {})[KEY] = Attachment(settings or Settings(), notify)
-    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, outer_sample), (WrappersMP.DIFFUSION_MODEL, diffusion_model)):
-        clone.remove_wrappers_with_key(kind, KEY)
-        clone.add_wrapper_with_key(kind, KEY, wrapper)
-    return clone
+    wrappers = {WrappersMP.OUTER_SAMPLE: outer_sample, WrappersMP.DIFFUSION_MODEL: diffusion_model}
+    return attached(model, KEY, Attachment(settings or Settings(), notify), wrappers)
 
 
 def outer_sample(executor, *args, **kwargs):
@@ -79,9 +76,7 @@ def outer_sample(executor, *args, **kwargs):
 def diffusion_model(executor, *args, **kwargs):
     if torch.compiler.is_compiling():   # asked before anything of the run is looked at, which a graph would be compiled anew for
         return executor(*args, **kwargs)
-    options = kwargs.get("transformer_options")
-    if options is None:
-        options = next((a for a in reversed(args) if isinstance(a, dict) and "sigmas" in a), {})
+    options = options_of(args, kwargs)
     attachment, record = options.get(KEY), options.get(RUN)
     if attachment is None or record is None:
         return executor(*args, **kwargs)
