@@ -41,7 +41,7 @@ def weights(width: int, doubles: int, singles: int, tokens: int, dtype: torch.dt
 
 def in_memory(tensors: dict[str, Tensor]):
     """What a file of these weights is read to."""
-    return template_of(SimpleNamespace(name="random", digest="random", shapes={key: tuple(tensor.shape) for key, tensor in tensors.items()},
+    return template_of(SimpleNamespace(name="random", digest="random", types=("F32",), shapes={key: tuple(tensor.shape) for key, tensor in tensors.items()},
                                        tensors=lambda: tensors))
 
 

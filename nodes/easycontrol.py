@@ -1,6 +1,7 @@
 """EasyControl: condition images for FLUX.1-dev, encoded once."""
+from ..core.knob import shown
 from ..core.reference.easycontrol import KINDS, EasyControl, prepared, read_adapter
-from ..core.reference.folders import model_files, model_path
+from ..core.reference.folders import model_files, model_path, model_stamp
 from ..core.reference.handle import Handle, Reference
 from ..core.reference.inputs import samples_of
 from ..core.reference.weights import read_weights
@@ -26,6 +27,11 @@ class EasyControlLoader(io.ComfyNode):
             inputs=[io.Combo.Input("file", options=model_files(FOLDER), tooltip="An EasyControl file as published, .safetensors, in models/loras.")],
             outputs=[ADAPTER.Output("adapter", tooltip="For EasyControl Condition.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, file=None, **others) -> str:
+        """The host reads the adapter again when its file is another one."""
+        return model_stamp(FOLDER, file)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
@@ -71,8 +77,10 @@ class EasyControlCondition(io.ComfyNode):
     def execute(cls, adapter, image=None, vae=None, latent=None, kind: str = KINDS[0], size: int = 512, strength: float = 1.0, weight: float = 1.0,
                 start_percent: float = 0.0, end_percent: float = 1.0, slot: int = 0, padding: str = "gray", reference=None) -> io.NodeOutput:
         check_numbers(cls, size=size, strength=strength, weight=weight, start_percent=start_percent, end_percent=end_percent, slot=slot)
+        if padding not in PADDINGS:
+            raise ValueError(f"padding is '{shown(padding)}'; choose one of {', '.join(PADDINGS)}")
         if (latent is None) == (image is None):
-            raise ValueError(f"{'neither' if image is None else 'both'} image and latent came; connect one of them")
+            raise ValueError(f"{'neither image nor' if image is None else 'both image and'} latent came; connect one of them")
         if latent is None and vae is None:
             raise ValueError("an image came without a VAE; connect FLUX's VAE, or a latent in the place of the image")
         samples = vae.encode(prepared(image, kind, size, PADDINGS[padding])) if latent is None else samples_of(latent)

@@ -3,7 +3,7 @@ import torch
 
 from ..core.reference.fastfit import CLASSES, FastFitReference
 from ..core.reference.fastfit_checkpoint import WEIGHTS, load_fastfit
-from ..core.reference.folders import model_files, model_path
+from ..core.reference.folders import model_files, model_path, model_stamp
 from ..core.reference.handle import Handle, Reference
 from ..core.reference.tryon import encoded, framed, pasted, shown
 from ._api import io
@@ -14,6 +14,7 @@ REFERENCE = io.Custom("REPRISE_REFERENCE")
 LICENCE = ("FastFit's weights and the authors' code are licensed for non-commercial use only. "
            "This is an independent implementation, written from the paper's description; it contains none of their code.")
 TEXT_WIDTH = 768
+FOLDER = "diffusion_models"
 
 
 class FastFitLoader(io.ComfyNode):
@@ -26,7 +27,7 @@ class FastFitLoader(io.ComfyNode):
             description=f"Loads a FastFit UNet for virtual try-on with several garments. {LICENCE}",
             search_aliases=["virtual try-on", "vton", "catvton", "garment", "outfit", "load fastfit"],
             inputs=[
-                io.Combo.Input("unet_name", options=model_files("diffusion_models"),
+                io.Combo.Input("unet_name", options=model_files(FOLDER),
                                tooltip="unet/diffusion_pytorch_model.safetensors of FastFit-MR-1024 or FastFit-SR-1024, in models/diffusion_models "
                                        "under any name. Its VAE is that of SD 1.5."),
                 io.Combo.Input("weight_dtype", options=list(WEIGHTS), default="default", optional=True, advanced=True,
@@ -36,8 +37,13 @@ class FastFitLoader(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, unet_name=None, **others) -> str:
+        """The host loads the model again when its file is another one."""
+        return model_stamp(FOLDER, unet_name)
+
+    @classmethod
     def execute(cls, unet_name: str, weight_dtype: str = "default") -> io.NodeOutput:
-        return io.NodeOutput(load_fastfit(model_path("diffusion_models", unet_name), weight_dtype))
+        return io.NodeOutput(load_fastfit(model_path(FOLDER, unet_name), weight_dtype))
 
 
 class FastFitPerson(io.ComfyNode):
@@ -85,7 +91,7 @@ class FastFitGarment(io.ComfyNode):
             inputs=[
                 io.Image.Input("image", tooltip="The garment, best on a plain background. Several images of a batch are several references of the same class."),
                 io.Combo.Input("garment", options=list(CLASSES), default=CLASSES[0],
-                               tooltip="What it is: overall is a dress or a suit, and goes with neither upper nor lower."),
+                               tooltip="What it is: overall is a dress or a suit, and goes with neither upper nor lower: Apply Reference Cache says so."),
                 io.Vae.Input("vae", tooltip="The VAE of SD 1.5, which FastFit uses."),
                 io.Int.Input("height", default=512, min=0, max=2048, step=64, optional=True,
                              tooltip="The image is fitted into 3 x 4 of this height, on white. FastFit knows 512, 768 and 1024, and 512 for shoes and bags. "

@@ -26,7 +26,8 @@ class ReferenceLatentCache(io.ComfyNode):
                 io.Int.Input("full_evaluations", default=2, min=1, max=1000, optional=True,
                              tooltip="freeze: so many evaluations have the references in the sequence, as without the node. More is closer and slower."),
                 io.Int.Input("refresh_every", default=0, min=0, max=1000, optional=True,
-                             tooltip="freeze: after so many evaluations one is computed in full again, and the error measured there. 0 is never."),
+                             tooltip="freeze: after so many evaluations one is computed in full again, and the error measured there. "
+                                         "0 is never, 1 freezes nothing."),
                 io.Boolean.Input("measure", default=False, optional=True,
                                  tooltip="freeze: compute the first frozen evaluation in full too, to tell the error on the node. The picture stays the same."),
                 io.Combo.Input("storage", options=list(STORAGE), default="same", optional=True, advanced=True,

@@ -1,17 +1,18 @@
 """References on a sampling: put on model and conditioning, combined, saved, loaded, looked at and forgotten."""
 from ..core.reference.files import names, no_name, read, stamp, write
 from ..core.reference.folders import references_folder
-from ..core.reference.handle import Handle, Reference, unfit, with_references
+from ..core.reference.handle import Handle, Reference, handle_in, unfit, with_references
 from ..core.reference.injector import BANK, attach_references
 from ..core.reference.inspect import described, stored
 from ..core.reference.run import PLACES, STORAGE, Keeping
+from ..core.reference.told import MIB, many, mib
 from ._api import io
 from .notify import show, text_notifier
 from .numbers import check_numbers
 
 REFERENCE = io.Custom("REPRISE_REFERENCE")
-MIB = 1 << 20
 NONE_SAVED = "none saved yet"
+ANY = "*"
 
 
 class ApplyReferenceCache(io.ComfyNode):
@@ -57,7 +58,8 @@ class ApplyReferenceCache(io.ComfyNode):
                 storage: str = STORAGE[0], limit_mib: int = 8192) -> io.NodeOutput:
         check_numbers(cls, limit_mib=limit_mib)
         network = model.model.diffusion_model
-        other = reference.other_side() if negative_reference is None else negative_reference
+        reference = handle_in(reference, "reference")
+        other = reference.other_side() if negative_reference is None else handle_in(negative_reference, "negative_reference")
         for one in (*reference.references, *other.references):
             if why := unfit(one.recipe, network):
                 raise ValueError(why)
@@ -79,7 +81,7 @@ class CombineReferenceCache(io.ComfyNode):
 
     @classmethod
     def execute(cls, first, second) -> io.NodeOutput:
-        return io.NodeOutput(first + second)
+        return io.NodeOutput(handle_in(first, "first") + handle_in(second, "second"))
 
 
 class SaveReferenceCache(io.ComfyNode):
@@ -96,7 +98,7 @@ class SaveReferenceCache(io.ComfyNode):
                 io.AnyType.Input("trigger", tooltip="What the sampler made. References are encoded while it samples, so this waits for it."),
                 io.String.Input("name", default="reference", optional=True, tooltip="The file's name. An older one of that name is replaced."),
             ],
-            outputs=[io.String.Output("name", tooltip="For Load Reference Cache.")],
+            outputs=[io.AnyType.Output("name", tooltip="For Load Reference Cache.")],      # a text may not be linked to a menu
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
@@ -105,7 +107,7 @@ class SaveReferenceCache(io.ComfyNode):
     def execute(cls, model, reference, trigger, name: str = "reference") -> io.NodeOutput:
         if fault := no_name(name):
             raise ValueError(f"name is '{str(name)[:100]}'; {fault}")
-        found = stored(model, reference)
+        found = stored(model, handle_in(reference, "reference"))
         if len(found) < len(reference.references):
             raise ValueError("nothing of a reference is kept; sample with the model first, with 'keep' on, and connect what the sampler made to 'trigger'")
         seams = {one.seam for one in found}
@@ -113,8 +115,9 @@ class SaveReferenceCache(io.ComfyNode):
             raise ValueError(f"references for {len(seams)} kinds of model came; save those of each model by themselves")
         path = write(references_folder(), name, found)
         entries = [entry for one in found for entry in (*one.entries, *one.nulls)]
-        size = sum(entry.bytes for entry in entries) / MIB
-        show(f"{len(found)} references, {len(entries)} entries, {size:.1f} MiB, in {path.name}", getattr(cls.hidden, "unique_id", None))
+        size = mib(sum(entry.bytes for entry in entries))
+        told = f"{many(len(found), 'reference', 'references')}, {many(len(entries), 'entry', 'entries')}, {size}, in {path.name}"
+        show(told, getattr(cls.hidden, "unique_id", None))
         return io.NodeOutput(name)
 
 
@@ -139,16 +142,27 @@ class LoadReferenceCache(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, name) -> bool:
-        return True     # a file may be saved in the same prompt; `read` says what is wrong with a name
+    def validate_inputs(cls, name=None, input_types=None) -> bool | str:
+        """The name may be of a file that is saved in the same prompt, and come from a text; `read` says what is wrong with it.
+
+        Where a node looks at the types of its links the host does not, so the others are looked at too.
+        """
+        kinds = {entry.id: {entry.get_io_type(), ANY} for entry in cls.define_schema().inputs}
+        kinds["name"].add(io.String.io_type)
+        for linked, came in (input_types or {}).items():
+            if linked in kinds and not kinds[linked] & set(str(came).split(",")):
+                return f"{linked} is linked to a {came}; link it to a {' or '.join(sorted(kinds[linked] - {ANY}))}"
+        return True
 
     @classmethod
-    def fingerprint_inputs(cls, name, **others) -> str:
+    def fingerprint_inputs(cls, name=None, **others) -> str:
         return stamp(references_folder(), name) if isinstance(name, str) else ""
 
     @classmethod
     def execute(cls, name: str, weight: float = 1.0, start_percent: float = 0.0, end_percent: float = 1.0, reference=None) -> io.NodeOutput:
         check_numbers(cls, weight=weight, start_percent=start_percent, end_percent=end_percent)
+        if name == NONE_SAVED and not names(references_folder()):
+            raise ValueError("no reference is saved yet; save one with Save Reference Cache first")
         loaded = Handle(tuple(Reference(one, weight, start_percent, end_percent) for one in read(references_folder(), name)))
         return io.NodeOutput((reference or Handle()) + loaded)
 
@@ -173,7 +187,7 @@ class InspectReferenceCache(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, reference, trigger=None) -> io.NodeOutput:
-        text = described(model, reference)
+        text = described(model, handle_in(reference, "reference"))
         show(text, getattr(cls.hidden, "unique_id", None))
         return io.NodeOutput(text)
 
@@ -195,9 +209,9 @@ class ClearReferenceCache(io.ComfyNode):
 
     @classmethod
     def execute(cls, trigger=None) -> io.NodeOutput:
-        freed = BANK.clear() / MIB
-        show(f"{freed:.1f} MiB given back", getattr(cls.hidden, "unique_id", None))
-        return io.NodeOutput(freed)
+        freed = BANK.clear()
+        show(f"{mib(freed)} given back", getattr(cls.hidden, "unique_id", None))
+        return io.NodeOutput(freed / MIB)
 
 
 NODES = [ApplyReferenceCache, CombineReferenceCache, SaveReferenceCache, LoadReferenceCache, InspectReferenceCache, ClearReferenceCache]

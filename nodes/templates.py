@@ -1,10 +1,11 @@
 """Diffusion Templates for FLUX.2 klein: load one, and make a reference of numbers or of a picture with it."""
-from ..core.reference.bank import MIB
+from ..core.knob import shown
 from ..core.reference.inputs import image_of, samples_of
 from ..core.reference.templates import template_of
 from ..core.reference.templates.folder import find, names, stamp
 from ..core.reference.templates.image import WEIGHTS
 from ..core.reference.templates.merge import referred
+from ..core.reference.told import mib
 from ._api import ProgressBar, io
 from .notify import show
 from .numbers import check_numbers
@@ -62,6 +63,8 @@ class TemplateLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, name: str, weight_dtype: str = "default") -> io.NodeOutput:
+        if weight_dtype not in WEIGHTS:
+            raise ValueError(f"weight_dtype is '{shown(weight_dtype)}'; choose one of {', '.join(WEIGHTS)}")
         template = template_of(find(name), weights=weight_dtype)
         show(f"{template.name}: goes to {NODES_OF[template.name]}", getattr(cls.hidden, "unique_id", None))
         return io.NodeOutput(template)
@@ -141,7 +144,7 @@ class TemplateImage(io.ComfyNode):
         latents = pictures(image, vae, latent)
         prompts = [prompt(conditioning) for conditioning in (positive, negative) if conditioning is not None]
         bar, unique_id = ProgressBar(len(prompts) * sum(template.depth)), getattr(cls.hidden, "unique_id", None)
-        made = [template.entry(text, latents, tell=lambda size: show(f"{size / MIB:.0f} MiB for each prompt", unique_id), tick=lambda: bar.update(1))
+        made = [template.entry(text, latents, tell=lambda size: show(f"{mib(size)} for each prompt", unique_id), tick=lambda: bar.update(1))
                 for text in prompts]
         told(cls, made[0])
         return io.NodeOutput(referred(made[0], made[1] if len(made) > 1 else None, weight, start_percent, end_percent, reference))
@@ -166,7 +169,7 @@ def prompt(conditioning):
 
 
 def told(node, entry) -> None:
-    show(f"{entry.tokens} tokens, {entry.bytes / MIB:.1f} MiB", getattr(node.hidden, "unique_id", None))
+    show(f"{entry.tokens} tokens, {mib(entry.bytes)}", getattr(node.hidden, "unique_id", None))
 
 
 NODES = [TemplateLoader, TemplateScalar, TemplateImage]

@@ -13,8 +13,7 @@ from itertools import count
 from torch import Tensor
 
 from .entry import Entry, Key
-
-MIB = 1 << 20
+from .told import MIB
 
 
 class Bank:

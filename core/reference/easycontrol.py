@@ -14,17 +14,22 @@ from dataclasses import dataclass, field
 
 import torch
 from comfy.ldm.common_dit import pad_to_patch_size
+from comfy.ldm.flux.model import Flux
 from comfy.utils import common_upscale
 from torch import Tensor
 
+from ..knob import shown
 from .entry import EXACT, Key, fingerprint
 from .handle import Facts
 from .inputs import check_latent, image_of
 from .prefill import Put, prefill, vector
+from .told import many
+from .weights import check_weights
 
 KINDS = ("spatial", "subject")
 SUBJECT_OFFSET = 64     # rows of tokens, published
-KEY = re.compile(r"(single_)?transformer_blocks\.(\d+)\.attn\.processor\.(q|k|v|proj)_loras\.(\d+)\.(down|up)\.weight")
+CHANNELS = 16       # of FLUX.1's latents
+KEY = re.compile(r"(single_)?transformer_blocks\.(\d{1,4})\.attn\.processor\.(q|k|v|proj)_loras\.(\d{1,9})\.(down|up)\.weight")
 SIBLING = "cond_lora_qkv."      # of an adapter for Anima / Cosmos that shares the name
 
 
@@ -60,14 +65,17 @@ def read_adapter(tensors: Mapping[str, Tensor], digest: str, name: str) -> Adapt
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
         if match is None:
-            raise WrongFile(f"{name} has the key {key!r}, which no EasyControl adapter has; choose a file such as canny.safetensors of EasyControl")
+            raise WrongFile(f"{name} has the key {shown(key)!r}, which no EasyControl adapter has; choose a file such as canny.safetensors of EasyControl")
         single, index, part, slot, half = match.groups()
         halves.setdefault((int(slot), f"{'single' if single else 'double'}.{int(index)}", part), {})[half] = tensor
     if not halves:
         raise WrongFile(f"{name} has no tensors; expected an EasyControl adapter for FLUX.1")
-    slots: list[dict[str, dict]] = [{} for _ in range(max(slot for slot, _, _ in halves) + 1)]
-    if len(slots) > len(tensors):
-        raise WrongFile(f"{name} numbers its slots up to {len(slots) - 1} and has {len(tensors)} tensors; expected slots from 0 on")
+    numbers = {slot for slot, _, _ in halves}
+    if max(numbers) >= len(numbers):
+        raise WrongFile(f"{name} has {many(len(numbers), 'slot', 'slots')} and numbers them up to {max(numbers)}; expected slots from 0 on, none left out; "
+                        "download it again")
+    check_weights(tensors, name)
+    slots: list[dict[str, dict]] = [{} for _ in numbers]
     width = None
     for (slot, block, part), pair in halves.items():
         if set(pair) != {"down", "up"}:
@@ -119,13 +127,17 @@ class EasyControl:
 
     seam, exactness, rope, family = "flux", EXACT, "pre", "flux"
 
+    @property
+    def hangs_on(self) -> tuple[str, ...]:
+        return ("pooled", "guidance", "size") if self.kind == "spatial" else ("pooled", "guidance")
+
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"kind is '{self.kind}'; choose one of {', '.join(KINDS)}")
         if not 0 <= self.slot < len(self.adapter.slots):
             raise ValueError(f"slot {self.slot} was asked of {self.adapter.name}, which has {len(self.adapter.slots)}, counted from 0; "
                              "give every condition a slot that the adapter has")
-        check_latent(self.latent, "condition's latent", vae="FLUX's VAE")
+        check_latent(self.latent, "condition's latent", CHANNELS, "FLUX's VAE")
         object.__setattr__(self, "content", fingerprint(self.latent))
 
     @property
@@ -141,10 +153,10 @@ class EasyControl:
         return rows * columns
 
     def unfit(self, network) -> str:
-        params = getattr(network, "params", None)
         kind = type(network).__name__
-        if params is None or not hasattr(network, "double_blocks") or not hasattr(network, "single_blocks"):
+        if not isinstance(network, Flux):       # Chroma and HunyuanVideo have blocks of the same names, and parameters of others
             return f"{self.adapter.name} is an EasyControl adapter for FLUX.1 and the model is {kind}; load a FLUX.1-dev model of the host's own loaders"
+        params = network.params
         if params.global_modulation or network.vector_in is None or network.patch_size != 2:
             return f"{self.adapter.name} is an EasyControl adapter for FLUX.1 and the model is another FLUX; load FLUX.1-dev"
         if (params.hidden_size, len(network.double_blocks), len(network.single_blocks)) != (self.adapter.width, *self.adapter.depth):

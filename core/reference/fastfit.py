@@ -90,6 +90,13 @@ class FastFitReference:
         options = {**facts.options, "wrappers": {}, "patches": network.as_reference(CLASSES.index(self.label)), "patches_replace": {"attn1": reading}}
         network(latent, torch.zeros(1, device=latent.device), transformer_options=options)
 
+    def odd(self, recipes) -> str:
+        labels = {getattr(recipe, "label", None) for recipe in recipes} & set(CLASSES)
+        beside = [label for label in ("upper", "lower") if label in labels]
+        if self.label != "overall" or not beside:
+            return ""
+        return f"a garment 'overall' beside '{beside[0]}' is no outfit that FastFit was trained with, so take one of the two away"
+
     def other_side(self) -> "FastFitReference":
         return self if self.null else self.nothing
 

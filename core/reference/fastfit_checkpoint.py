@@ -2,6 +2,7 @@
 
 Blocks and widths are read from the tensors, so a UNet of any size will do. Safetensors only: opening a pickle may run code.
 """
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,10 +14,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..knob import shown
 from .fastfit_unet import IN_CHANNELS, LATENT_CHANNELS, FastFitConfig, FastFitUNet
 from .folders import SAFE
+from .weights import kind
 
 EXPECTED = "choose unet/diffusion_pytorch_model.safetensors of FastFit-MR-1024 or FastFit-SR-1024"
+GROUPS = 32         # of every norm over channels
+NUMBER = re.compile(r"\d{1,3}")
 OWN = ("condition_conv_in.weight", "condition_conv_in.bias", "class_embedding.weight")    # named alike on both sides
 WEIGHTS = {"default": {}, "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn}, "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8": True},
            "fp8_e5m2": {"dtype": torch.float8_e5m2}}
@@ -34,6 +39,8 @@ class Shapes(comfy.ops.disable_weight_init):
 
 def load_fastfit(path: Path | str, weights: str = "default", disable_dynamic: bool = False):
     """A ModelPatcher, as the host's own loaders make it."""
+    if weights not in WEIGHTS:
+        raise ValueError(f"weight_dtype is '{shown(weights)}'; choose one of {', '.join(WEIGHTS)}")
     path = Path(path)
     tensors = read(path)
     config = unet_config(tensors, path.name)
@@ -61,12 +68,20 @@ def unet_config(tensors: Mapping[str, Tensor], name: str) -> dict:
         raise WrongFile(f"{name} is a UNet with cross-attention, as SD 1.5 has it, and FastFit's has none; {EXPECTED}")
     if absent := [key for key in OWN if key not in tensors]:
         raise WrongFile(f"{name} has no {absent[0]}, which FastFit's UNet has; {EXPECTED}")
+    check_types(tensors, name)
+    for key, dims in (("conv_in.weight", 4), ("class_embedding.weight", 2)):
+        if tensors[key].ndim != dims or 0 in tensors[key].shape:
+            raise WrongFile(f"{name} has {key} of shape {list(tensors[key].shape)} where {dims} dimensions, none of them 0, belong; download it again")
     width, channels = tensors["conv_in.weight"].shape[:2]
+    if width % GROUPS:
+        raise WrongFile(f"{name} has conv_in.weight of {width} rows, which {GROUPS} groups of a norm cannot share; {EXPECTED}")
     if channels != IN_CHANNELS:
         raise WrongFile(f"{name} takes {channels} channels and FastFit {IN_CHANNELS}: noise, mask and masked person; {EXPECTED}")
 
     def blocks(prefix: str) -> list[str]:
-        numbers = {key[len(prefix):].split(".")[0] for key in tensors if key.startswith(prefix)}
+        numbers = {key[len(prefix):].split(".")[0]: key for key in tensors if key.startswith(prefix)}
+        if wrong := [key for number, key in numbers.items() if not NUMBER.fullmatch(number)]:
+            raise WrongFile(f"{name} has the key {shown(wrong[0])}, which FastFit's UNet does not have; {EXPECTED}")
         return [f"{prefix}{number}." for number in sorted(numbers, key=int)]
 
     def depths(side: str) -> list[list[int]]:
@@ -76,6 +91,8 @@ def unet_config(tensors: Mapping[str, Tensor], name: str) -> dict:
     first = [f"down_blocks.{level}.resnets.0.conv1.weight" for level in range(len(down))]
     if absent := [key for key in (*first, "mid_block.attentions.0.proj_in.weight") if key not in tensors]:
         raise WrongFile(f"{name} has no {absent[0]}; the file is not whole, download it again")
+    if wrong := [key for key in first if tensors[key].ndim != 4 or tensors[key].shape[0] < width or tensors[key].shape[0] % width]:
+        raise WrongFile(f"{name} has {wrong[0]} of shape {list(tensors[wrong[0]].shape)}, whose rows are no multiple of the {width} of conv_in; {EXPECTED}")
     return {
         **FastFitConfig.unet_extra_config, "image_size": 32, "in_channels": channels, "out_channels": LATENT_CHANNELS, "model_channels": width,
         "channel_mult": [tensors[key].shape[0] // width for key in first], "num_res_blocks": list(map(len, down)),
@@ -86,6 +103,11 @@ def unet_config(tensors: Mapping[str, Tensor], name: str) -> dict:
         "use_checkpoint": False, "use_temporal_attention": False, "use_temporal_resblock": False,
         "context_dim": 768,     # of the text that samplers hand over and nothing reads
     }
+
+
+def check_types(tensors: Mapping[str, Tensor], name: str) -> None:
+    if wrong := [key for key, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise WrongFile(f"{name} has {shown(wrong[0])} of type {kind(tensors[wrong[0]].dtype)} where weights are of floating point; {EXPECTED}")
 
 
 def renamed(tensors: Mapping[str, Tensor], config: dict, name: str) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from ..knob import shown
 from .entry import CARRIERS, FP8, ROPES, Entry, Key
 from .seams import SEAMS
 from .stored import NULL, OTHERS, Stored
+from .weights import finite
 
 FORMAT, VERSION = "reprise.reference", "1"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_,-]*(\.[A-Za-z0-9_,-]+)*")
@@ -94,7 +95,7 @@ def read(folder: Path, name: str) -> list[Stored]:
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}      # noqa: SIM118 - no mapping
             sides, told, blocks = checked(name, dict(file.metadata() or {}), slices)
-            entries = [entry_of(file, i, facts, blocks[i]) for i, facts in enumerate(told)]
+            entries = [entry_of(name, file, i, facts, blocks[i]) for i, facts in enumerate(told)]
         return [Stored(name, facts["seam"], of(entries, told, number, False), facts["other"], of(entries, told, number, True))
                 for number, facts in enumerate(sides)]
     except SafetensorError as error:
@@ -173,8 +174,11 @@ def checked(name: str, metadata: dict[str, str], slices: dict) -> tuple[list[dic
     return sides, told, [{block: [f"{i}.{block}.{half}" for half in "kv"] for block in found} for i, found in enumerate(blocks)]
 
 
-def entry_of(file, i: int, facts: dict, blocks: dict[str, list[str]]) -> Entry:
+def entry_of(name: str, file, i: int, facts: dict, blocks: dict[str, list[str]]) -> Entry:
     tensors = {block: tuple(file.get_tensor(key) for key in pair) for block, pair in blocks.items()}
     scales = {block: tuple(file.get_tensor(f"{key}s") for key in blocks[block]) for block, (k, _) in tensors.items() if k.dtype == FP8}
     ids = file.get_tensor(f"{i}.ids") if facts["rope"] == "pre" else None
+    named = [(block, tensor) for parts in (tensors, scales) for block, pair in parts.items() for tensor in pair] + ([("ids", ids)] if ids is not None else [])
+    if lost := [block for block, tensor in named if not finite(tensor)]:
+        raise ValueError(f"reference '{name}': {lost[0]} of entry {i} has values that are no numbers; save it again")
     return Entry(facts["family"], tensors, Key(facts["key"]), facts["source"], facts["rope"], ids, facts["exactness"], facts["carrier"], scales)

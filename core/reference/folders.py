@@ -18,5 +18,12 @@ def model_path(kind: str, name: str) -> Path:
     return Path(folder_paths.get_full_path_or_raise(kind, name))
 
 
+def model_stamp(kind: str, name: str) -> str:
+    """Another text as soon as the file is another one; it is not opened."""
+    path = folder_paths.get_full_path(kind, name) if isinstance(name, str) else None
+    found = None if path is None else Path(path).stat()
+    return "" if found is None else f"{found.st_size}:{found.st_mtime_ns}"
+
+
 def references_folder() -> Path:
     return Path(folder_paths.get_user_directory()) / "reprise" / "references"

@@ -5,7 +5,7 @@
     every r-th after a taking       as the first ones, K and V taken anew            r = 0: never
 
 Approximate: the models this is for let references read the noise and text of every step, and most modulate them by its time.
-How far off it is can be measured: e = |frozen - full| / |full| (L2) of the denoised prediction of one evaluation.
+How far off it is can be measured for one evaluation (measured.py).
 The idea is that of the host's Flux KV Cache; here every row of every condition has its own.
 """
 import threading
@@ -21,6 +21,7 @@ from ..store import ASIDE, ITEMSIZE, Row
 from .join import Buffers, Mismatch, Segment
 from .kept import Kept, Taking
 from .leaving import Leaving
+from .measured import Comparison
 
 SEVERAL = "the model is called several times for one condition, as tiling does"
 
@@ -71,16 +72,23 @@ class Freezing:
     begun: int | None = None            # the first evaluation with frozen references
     full_in: set[int] = field(default_factory=set)
     frozen_in: set[int] = field(default_factory=set)
-    sums: dict[int, tuple[float, float]] = field(default_factory=dict)     # evaluation -> |frozen - full|^2, |full|^2
+    comparison: Comparison = field(default_factory=Comparison)     # of this evaluation
+    errors: dict[int, float] = field(default_factory=dict)      # by evaluation
+    unguided: set[int] = field(default_factory=set)     # evaluations whose error is that of the predictions before guidance
     peak: int = 0       # bytes
     broken: str = ""    # why everything is computed in full from here on
 
     # where the run is ------------------------------------------------------------------------------------------------
     def begin(self) -> None:
-        self.evaluation, self.ordinals, self.seen = self.evaluation + 1, Counter(), set()
+        self.evaluation, self.ordinals, self.seen, self.comparison = self.evaluation + 1, Counter(), set(), Comparison()
 
-    def finish(self) -> None:
-        self.ordinals = None
+    def finish(self, denoised: Tensor | None = None, scale: float = 1.0) -> None:
+        """With what guidance of this scale made of the predictions; without it where the evaluation was broken off."""
+        found = None if denoised is None else self.comparison.result(denoised, scale)
+        if found is not None:
+            self.errors[self.evaluation], guided = found
+            self.unguided |= set() if guided else {self.evaluation}
+        self.ordinals, self.comparison = None, Comparison()
 
     def batched(self, window: tuple | None) -> None:
         """The host comes to the conditions of one pass: the main one first, then guidance that repeats them."""
@@ -98,6 +106,13 @@ class Freezing:
         return tuple(Row(str(x.device), self.ordinal, uuid, cond, window, shape, patches) for uuid, cond in zip(uuids, conds, strict=True))
 
     # one call --------------------------------------------------------------------------------------------------------
+    def untouched(self, rows: tuple[Row, ...], output: Tensor) -> Tensor:
+        """A call that is the same both ways, as it came."""
+        if rows:
+            with self.lock:
+                self.comparison.add(rows, output)
+        return output
+
     def evaluate(self, call: Call) -> Tensor:
         """Denoised, with the references in the sequence or frozen."""
         with self.lock:
@@ -107,19 +122,20 @@ class Freezing:
             states = [self.states.setdefault(row, State()) for row in call.rows]
         if self.broken or not call.rows:
             self.full_in.add(self.evaluation)
-            return call.run(call.options, call.extra)
+            return self.untouched(call.rows, call.run(call.options, call.extra))
         if any(self.due(state) for state in states):
             return self.full(call, states)
         output = self.frozen(call, states, call.options)
         if output is None:
             self.full_in.add(self.evaluation)
-            return call.run(call.options, call.extra)
+            return self.untouched(call.rows, call.run(call.options, call.extra))
         for state in states:
             state.age += 1
         self.frozen_in.add(self.evaluation)
         self.begun = self.evaluation if self.begun is None else self.begun
-        if self.measure and self.begun == self.evaluation:
-            self.compare(output, call.run({**call.options, ASIDE: True}, call.extra))
+        full = call.run({**call.options, ASIDE: True}, call.extra) if self.measure and self.begun == self.evaluation else None
+        with self.lock:
+            self.comparison.add(call.rows, output, full=full)
         return output
 
     def due(self, state: State) -> bool:
@@ -144,15 +160,14 @@ class Freezing:
                 output = call.run(options, extra)
         except Mismatch as fact:
             self.give_up(str(fact))
-            return call.run(call.options, call.extra)
+            return self.untouched(call.rows, call.run(call.options, call.extra))
         if taking is not None and taking.short:
             self.give_up("memory ran out for the references' K and V; set storage to fp8, or use fewer references")
         if taking is not None and taking.empty:
             self.give_up("the model makes no tokens of its references; choose how it places them in Edit Model Reference Method")
         kept = None if taking is None or self.broken else taking.result()
-        if kept is not None and stale is not None:
-            self.compare(stale, output)
         with self.lock:
+            self.comparison.add(call.rows, output, frozen=None if kept is None else stale)
             for i, state in enumerate(states):
                 state.full += 1
                 if kept is not None:
@@ -174,20 +189,9 @@ class Freezing:
             self.give_up("memory ran out beside the references' K and V; set storage to fp8, or use fewer references")
         return None
 
-    def compare(self, frozen: Tensor, full: Tensor) -> None:
-        off, whole = (float(part.double().square().sum()) for part in (frozen - full, full))
-        with self.lock:
-            before = self.sums.get(self.evaluation, (0.0, 0.0))
-            self.sums[self.evaluation] = (before[0] + off, before[1] + whole)
-
     def give_up(self, why: str) -> None:
         self.broken = self.broken or why
         self.states, self.buffers = {}, {}
-
-    @property
-    def errors(self) -> dict[int, float]:
-        """Relative L2 error of the denoised prediction, by evaluation."""
-        return {evaluation: (off / whole) ** 0.5 for evaluation, (off, whole) in sorted(self.sums.items()) if whole}
 
     @property
     def bytes(self) -> int:

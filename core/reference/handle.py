@@ -4,7 +4,7 @@ A handle is a tuple of references. It rides in `model_conds` as a condition type
 are sampled in one batch where their references have as many tokens. Only the injector of core/reference/injector.py can
 read it; on a model without one a handle is an error, as a picture without its references would be a wrong one.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -49,6 +49,7 @@ class Recipe(Protocol):
     source: str     # for the user
     exactness: str
     rope: str
+    hangs_on: Collection[str] = ()      # of "pooled", "guidance" and "size": what of a condition is in its key
 
     def unfit(self, network) -> str:
         """Why this network cannot be served, in a sentence; nothing where it can."""
@@ -75,6 +76,16 @@ class Recipe(Protocol):
 def unfit(recipe: Recipe, network) -> str:
     """Why this network cannot be served with a recipe, in a sentence; nothing where it can."""
     return foreign(recipe.source, network) or recipe.unfit(network)
+
+
+def is_there(recipe) -> bool:
+    """Whether it carries its entries with it."""
+    return hasattr(recipe, "entry") or hasattr(recipe, "entries")
+
+
+def odd(recipes: Sequence[Recipe]) -> str:
+    """What is unusual about recipes that act together, in a sentence; nothing where all is as their system was made for."""
+    return next((why for recipe in recipes if (why := getattr(recipe, "odd", lambda recipes: "")(recipes))), "")
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,10 @@ class Handle:
         return Handle(tuple(other for reference in self.references if (other := reference.other_side()) is not None))
 
     @property
+    def recipes(self) -> list[Recipe]:
+        return [reference.recipe for reference in self.references]
+
+    @property
     def layout(self) -> tuple:
         return tuple(reference.layout for reference in self.references)
 
@@ -147,6 +162,14 @@ class CONDReferences(comfy.conds.CONDRegular):
 
     def size(self) -> list[int]:
         return [1]
+
+
+def handle_in(value, what: str) -> Handle:
+    """The references of an input, or a ValueError."""
+    if not isinstance(value, Handle):
+        raise ValueError(f"{what} is a {type(value).__name__} and references were expected; connect EasyControl Condition, FastFit Reference, a Template node "
+                         "or Load Reference Cache")
+    return value
 
 
 def with_references(conditioning: list, handle: Handle) -> list:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..memory import enlarged
 from ..wrappers import attached
 from .bank import Bank
+from .demand import one_sided, wanted
 from .handle import NAME, Facts
 from .run import Keeping, Record, Run
 from .seams import SEAMS
@@ -55,7 +56,7 @@ def outer_sample(executor, *args, **kwargs):
     attachment = guider.model_options.get("transformer_options", {}).get(KEY)
     if attachment is None:
         return executor(*args, **kwargs)
-    run, options = Run(attachment.keeping, attachment.bank, guider.model_patcher), guider.model_options
+    run, options = Run(attachment.keeping, attachment.bank, guider.model_patcher, one_sided(guider)), guider.model_options
     guider.model_options = comfy.model_patcher.create_model_options_clone(options)
     guider.model_options["transformer_options"][RUN] = run
     try:
@@ -63,7 +64,7 @@ def outer_sample(executor, *args, **kwargs):
     finally:    # an interrupt is a BaseException
         guider.model_options = options
         record = run.close()
-        if record.made or record.found:
+        if record.made or record.found or record.given:
             log.info(record.line())
             attachment.last = record
             attachment.notify(record)
@@ -72,9 +73,10 @@ def outer_sample(executor, *args, **kwargs):
 def prepare_sampling(executor, model, noise_shape, conds, model_options=None, **kwargs):
     run = (model_options or {}).get("transformer_options", {}).get(RUN)
     if run is not None:
-        references = run.claim(conds, noise_shape[0])
+        run.claim(conds)
+        handler = model_options.get("context_handler")
+        references = wanted(conds, noise_shape, handler, run.alone)
         if references:
-            handler = model_options.get("context_handler")
             cut = {} if handler is None else {handler.dim: handler.context_length}
             noise_shape = torch.Size(enlarged(noise_shape, run.reserved(references), model.model.memory_required, cut))
     return executor(model, noise_shape, conds, model_options=model_options, **kwargs)

@@ -14,6 +14,8 @@ def mask_of(mask: Tensor) -> Tensor:
     """[B, H, W] of a MASK, or a ValueError."""
     if not torch.is_tensor(mask) or mask.ndim < 2 or 0 in mask.shape:
         raise ValueError(f"the mask is {told(mask)} and [masks, height, width] was expected, none of them 0; connect a MASK of the size of the image")
+    if not mask.isfinite().all():
+        raise ValueError("the mask has values that are no numbers; mend what made it, or paint it by hand")
     return mask.reshape(-1, *mask.shape[-2:])
 
 

@@ -1,10 +1,11 @@
 """What references come to on a model, in words, and which entries a run left of them."""
-from .bank import MIB, Bank
+from .bank import Bank
 from .entry import Entry, Key
-from .handle import Handle
+from .handle import Handle, is_there
 from .injector import last_run
-from .run import Record, is_there
+from .run import Record
 from .stored import NONE, NULL, SAME, Stored, lasting
+from .told import many, mib
 
 
 def last_of(model) -> tuple[Record | None, Bank]:
@@ -34,8 +35,9 @@ def to_save(model, recipe) -> list[Entry]:
                          "take these away and sample again")
     wanted = len(record.keys.get(id(recipe), ()))
     if entries and len(entries) < wanted:
-        raise ValueError(f"{wanted - len(entries)} of the {wanted} entries of {recipe.source} are no longer kept; raise limit_mib in Apply Reference Cache "
-                         f"above {bank.limit // MIB} and sample again")
+        raise ValueError(f"{wanted - len(entries)} of the {wanted} entries of {recipe.source} are no longer kept: the limit of {mib(bank.limit)} "
+                         "had no room for them, another run left with 'keep' off, or they were cleared; sample again, with a limit_mib in Apply Reference "
+                         "Cache that all of them fit in")
     return [lasting(entry, patcher_of(model, record, bank, entry.key, recipe.source)) for entry in entries]
 
 
@@ -73,14 +75,14 @@ def described(model, handle: Handle) -> str:
         lines.append(f"{number}. {recipe.source}: {recipe.exactness}, weight {reference.weight:g}{span}")
         own = entries_of(model, recipe)
         if not own:
-            size = recipe.bytes(model.model.diffusion_model, model.model.get_dtype_inference()) / MIB
-            lines.append(f"   not encoded yet; an entry will take {size:.1f} MiB")
+            size = recipe.bytes(model.model.diffusion_model, model.model.get_dtype_inference())
+            lines.append(f"   not encoded yet; an entry will take {mib(size)}")
         for entry in own:
             hits = bank.hits.get(entry.key.digest)
-            where = "with its node or file" if hits is None else f"in host memory, used {hits} times since it was encoded"
+            where = "with its node or file" if hits is None else f"in host memory, used {many(hits, 'time', 'times')} since it was encoded"
             tokens = f"of {entry.tokens} tokens" if isinstance(entry.tokens, int) else "of several sizes"
-            lines.append(f"   {entry.bytes / MIB:.1f} MiB, {len(entry.blocks)} blocks {tokens}, {where}")
+            lines.append(f"   {mib(entry.bytes)}, {len(entry.blocks)} blocks {tokens}, {where}")
             lines += [f"      {field}: {text[:64]}" for field, text in sorted(entry.key.fields.items()) if text]
     if record is not None:
         lines.append(f"last run: {record.line()}")
-    return "\n".join([*lines, f"the bank holds {len(bank)} entries, {bank.bytes / MIB:.1f} of {bank.limit / MIB:.0f} MiB"])
+    return "\n".join([*lines, f"the bank holds {many(len(bank), 'entry', 'entries')}, {mib(bank.bytes)} of {mib(bank.limit)}"])

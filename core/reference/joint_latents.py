@@ -31,7 +31,7 @@ class JointLatents:
     tokens: int
     content: str = field(default="", init=False)
 
-    seam, exactness, rope, family = "flux", EXACT, "pre", "flux2"
+    seam, exactness, rope, family, hangs_on = "flux", EXACT, "pre", "flux2", ("guidance",)
 
     def __post_init__(self):
         object.__setattr__(self, "content", fingerprint(*self.latents))

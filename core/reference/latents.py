@@ -17,12 +17,13 @@ from ..conditions import conditions, window_of
 from ..families import family_of
 from ..memory import enlarged, image_tokens
 from . import injector
-from .bank import MIB
+from .demand import evaluated, one_sided
 from .foreign import foreign
 from .freezing import Call, Freezing
 from .handle import NAME, CONDReferences, Handle, Reference, handle_of
 from .joint_latents import JointLatents, not_joint, unplaced
 from .leaving import LATENTS, leaving
+from .told import many, mib, share
 
 log = logging.getLogger("reprise")
 
@@ -66,6 +67,7 @@ class Record:
     mixed: int = 0          # of some conditions in it and of others frozen
     bytes: int = 0
     errors: dict[int, float] = field(default_factory=dict)      # relative L2, by evaluation
+    unguided: set[int] = field(default_factory=set)     # evaluations whose error is that of the predictions before guidance
     reasons: list[str] = field(default_factory=list)
     entries: injector.Record | None = None      # of mode exact
 
@@ -77,19 +79,20 @@ class Record:
         if not self.served:
             return text + reasons[2:]
         if self.entries is not None:
-            done = [f"{self.references} reference{'s' * (self.references > 1)} out of the sequence from the first step on",
+            done = [f"{many(self.references, 'reference', 'references')} out of the sequence from the first step on",
                     f"{len(self.entries.made)} encoded in {self.entries.seconds:.1f} s" if self.entries.made else "",
                     f"{len(self.entries.found)} from the bank" if self.entries.found else "",
-                    f"{self.entries.bytes / MIB:.1f} MiB, {self.entries.place}; {self.entries.exactness} for a checkpoint that was trained so, "
+                    f"{mib(self.entries.bytes)}, {self.entries.place}; {self.entries.exactness} for a checkpoint that was trained so, "
                     "another picture with any other"]
             return text + ", ".join(part for part in done if part) + reasons
         mixed = f", {self.mixed} with some of each" if self.mixed else ""
-        done = f"{self.full} evaluations in full, {self.frozen} with frozen references (approximate){mixed}, {self.bytes / MIB:.1f} MiB"
+        done = f"{many(self.full, 'evaluation', 'evaluations')} in full, {self.frozen} with frozen references (approximate){mixed}, {mib(self.bytes)}"
         if self.errors:
             worst = max(self.errors, key=self.errors.get)
             last = next(reversed(self.errors))
-            done += f", measured error {self.errors[last]:.2%} of the denoised latent at evaluation {last}"
-            done += f", at worst {self.errors[worst]:.2%} at evaluation {worst}" if len(self.errors) > 1 else ""
+            what = "predictions before guidance" if last in self.unguided else "denoised latent"
+            done += f", measured error {share(self.errors[last])} of the {what} at evaluation {last}"
+            done += f", at worst {share(self.errors[worst])} at evaluation {worst}" if len(self.errors) > 1 else ""
         elif self.frozen or self.mixed:
             done += ", error not measured"
         return text + done + reasons
@@ -113,6 +116,16 @@ def attach_reference_latents(model, settings: Settings, notify: Callable[[Record
     return clone
 
 
+def misfit(carrying: list[dict], real) -> str:
+    """Why a reference latent is none of this model's, in a sentence; nothing where all are."""
+    wanted = getattr(getattr(real, "latent_format", None), "latent_channels", None)
+    for latent in (latent for cond in carrying for latent in cond[CARRIED]):
+        if wanted is not None and latent.ndim > 1 and latent.shape[1] != wanted:
+            return (f"a reference latent has {latent.shape[1]} channels and {type(real).__name__} takes {wanted}; encode the picture with the VAE of the "
+                    "model that you sample with")
+    return ""
+
+
 def refuse_another(options: dict) -> None:
     """The host's Flux KV Cache keeps K and V of one condition for all and cuts tokens off by itself."""
     patches = options.get("transformer_options", {}).get("patches", {}).get("attn1_patch", ())
@@ -123,8 +136,9 @@ def refuse_another(options: dict) -> None:
 class Run:
     """One sampling."""
 
-    def __init__(self, settings: Settings, patcher):
-        self.settings, self.patcher = settings, patcher
+    def __init__(self, settings: Settings, patcher, alone: bool = False):
+        """alone: the positive side is computed without the negative one."""
+        self.settings, self.patcher, self.alone = settings, patcher, alone
         self.record, self.freezing = Record(settings.mode), None
 
     @property
@@ -137,7 +151,11 @@ class Run:
         self.record.references = max((len(cond[CARRIED]) for cond in carrying), default=0)
         if not carrying:
             return 0
-        return (self.exact if self.settings.mode == "exact" else self.freeze)(carrying, options, shape)
+        if why := misfit(carrying, self.patcher.model):
+            self.record.reasons.append(why)
+            raise ValueError(why)
+        return (self.exact(carrying, options, shape) if self.settings.mode == "exact" else
+                self.freeze(carrying, [cond for cond in conditions(evaluated(conds, self.alone)) if cond.get(CARRIED)], options, shape))
 
     def in_full(self, why: str) -> int:
         self.record.reasons.append(f"{why}, so all is computed in full")
@@ -166,7 +184,8 @@ class Run:
         most = max(sum(real.memory_required([1, *latent.shape[1:]]) for latent in recipe.latents) for recipe in recipes.values())
         return max(0, int(most - real.memory_required(list(shape))))
 
-    def freeze(self, carrying: list[dict], options: dict, shape) -> int:
+    def freeze(self, carrying: list[dict], computed: list[dict], options: dict, shape) -> int:
+        """computed: those of the conditions that the run evaluates."""
         network, settings = self.network, self.settings
         if why := foreign("a reference latent", network):
             return self.in_full(why)
@@ -179,16 +198,18 @@ class Run:
             return self.in_full("torch.compile has the attention that K and V are taken from")
         self.record.served = True
         self.freezing = Freezing(found, settings.first, settings.refresh, settings.measure, settings.storage)
-        return self.freezing.needed(network, self.patcher.model.get_dtype_inference(), carrying, shape[0])
+        return self.freezing.needed(network, self.patcher.model.get_dtype_inference(), computed, shape[0])
 
     def close(self) -> Record:
         record, freezing, self.freezing = self.record, self.freezing, None
         if freezing is not None:
             full, frozen = freezing.full_in, freezing.frozen_in
             record.full, record.frozen, record.mixed = len(full - frozen), len(frozen - full), len(full & frozen)
-            record.bytes, record.errors = freezing.peak, freezing.errors
+            record.bytes, record.errors, record.unguided = freezing.peak, freezing.errors, freezing.unguided
             if freezing.broken:
                 record.reasons.append(f"{freezing.broken}, so the rest was computed in full")
+            elif not frozen and self.settings.refresh == 1 and len(full) > self.settings.first:
+                record.reasons.append("refresh_every 1 computes every evaluation in full, so nothing was frozen; choose 2 or more, or 0 for never")
             elif not frozen:
                 record.reasons.append("no evaluation came after those that are computed in full")
         return record
@@ -200,7 +221,7 @@ def outer_sample(executor, *args, **kwargs):
     if attachment is None or attachment.settings.mode == "off":
         return executor(*args, **kwargs)
     refuse_another(guider.model_options)
-    run, options = Run(attachment.settings, guider.model_patcher), guider.model_options
+    run, options = Run(attachment.settings, guider.model_patcher, one_sided(guider)), guider.model_options
     guider.model_options = comfy.model_patcher.create_model_options_clone(options)
     guider.model_options["transformer_options"][RUN] = run
     try:
@@ -232,10 +253,12 @@ def predict_noise(executor, x, timestep, model_options=None, seed=None):
     if freezing is None:
         return executor(x, timestep, model_options or {}, seed)
     freezing.begin()
+    denoised = None
     try:
-        return executor(x, timestep, model_options, seed)
+        denoised = executor(x, timestep, model_options, seed)
+        return denoised
     finally:
-        freezing.finish()
+        freezing.finish(denoised, getattr(executor.class_obj, "cfg", 1.0))
 
 
 def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
@@ -248,9 +271,11 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
 
 def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
     options, freezing = transformer_options or {}, freezing_of(transformer_options)
-    if freezing is None or not kwargs.get(LATENTS):
+    if freezing is None:
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     rows = freezing.rows(x, options, window_of(options))
+    if not kwargs.get(LATENTS):
+        return freezing.untouched(rows, executor(x, t, c_concat, c_crossattn, control, options, **kwargs))
     network = executor.class_obj.diffusion_model
     return freezing.evaluate(Call(rows, network, options, kwargs, lambda options, extra: executor(x, t, c_concat, c_crossattn, control, options, **extra)))
 

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from comfy.ldm.flux.model import Flux
 from torch import Tensor
 
 from .entry import Entry, Key
@@ -11,6 +12,13 @@ from .prefill import Put
 from .seams import LAYOUTS
 
 NAMES = {"flux": "FLUX.1", "flux2": "FLUX.2"}
+
+
+def family(network) -> str:
+    """Of a network of the class that FLUX.1 and FLUX.2 share; nothing of one that only names its blocks so, as Chroma does."""
+    if not isinstance(network, Flux):
+        return ""
+    return "flux2" if network.params.global_modulation else "flux"
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +51,9 @@ class Ready:
 
     def unfit(self, network) -> str:
         has, wants = LAYOUTS[self.seam](network), {name: (k.shape[1], k.shape[3]) for name, (k, _) in self.entry.blocks.items()}
-        kind = "flux2" if getattr(getattr(network, "params", None), "global_modulation", False) else "flux"
-        if has and self.family in NAMES and self.family != kind:
-            return f"{self.source} was made for {NAMES[self.family]} and the model is {NAMES[kind]}; use it with the model that it was made for"
+        if has and self.family in NAMES and self.family != (kind := family(network)):
+            return (f"{self.source} was made for {NAMES[self.family]} and the model is {NAMES.get(kind, type(network).__name__)}; "
+                    "use it with the model that it was made for")
         if has.keys() != wants.keys():
             return (f"{self.source} was made for {len(wants)} blocks and {type(network).__name__} has {len(has)} of the kind; "
                     f"use it with the {self.entry.family} model that it was made for")

@@ -1,8 +1,7 @@
 """One sampling with references: which entries it needs, how they are found or made, and in how much memory they are lent to it.
 
-The host is asked to free what all references of a run take, once for each condition. Where a run needs more entries than
-that, as under a LoRA whose strength changes from step to step, the least recently used leave and are made anew when they are
-needed again.
+The host is asked to free what all references of a run take (demand.py). Where a run needs more entries than that, as under a
+LoRA whose strength changes from step to step, the least recently used leave and are made anew when they are needed again.
 """
 import threading
 import time
@@ -15,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ..conditions import within
-from .bank import MIB, Bank
+from .bank import Bank
 from .entry import EXACT, Entry, Key, in_eight_bits
-from .handle import NAME, CONDReferences, Facts, Handle, Handles, Reference, handle_of, unfit
+from .handle import NAME, CONDReferences, Facts, Handle, Handles, Reference, handle_of, is_there, odd, unfit
 from .join import Buffers, Segment
 from .lend import Loans, Resident, Streamed
 from .seams import LAYOUTS
+from .told import many, mib
 
 SHARE = 0.25    # of the free GPU memory that entries may take before they are streamed
 PLACES = ("automatic", "gpu", "streamed")
@@ -49,7 +49,8 @@ class Keeping:
 class Record:
     """What a run did with its references, as data."""
 
-    found: list[str] = field(default_factory=list)      # sources of entries that were there
+    found: list[str] = field(default_factory=list)      # sources of entries that the bank had
+    given: list[str] = field(default_factory=list)      # of those that came with their node or file
     made: list[str] = field(default_factory=list)
     seconds: float = 0.0        # of encoding
     bytes: int = 0
@@ -62,10 +63,11 @@ class Record:
     patchers: dict[str, weakref.ref] = field(default_factory=dict)      # base of a key -> the ModelPatcher that it names
 
     def line(self) -> str:
-        parts = [f"{len(self.made)} encoded in {self.seconds:.1f} s" if self.made else "", f"{len(self.found)} from the bank" if self.found else ""]
+        parts = [f"{len(self.made)} encoded in {self.seconds:.1f} s" if self.made else "", f"{len(self.found)} from the bank" if self.found else "",
+                 f"{len(self.given)} ready-made" if self.given else ""]
         told = ", ".join(part for part in parts if part) or "none was used"
         reasons = "".join(f"; {reason}" for reason in self.reasons)
-        return f"Reference Cache: {told}, {self.bytes / MIB:.1f} MiB, {self.place}, {self.exactness}{reasons}"
+        return f"Reference Cache: {told}, {mib(self.bytes)}, {self.place}, {self.exactness}{reasons}"
 
     def note(self, recipe, key: Key, facts: Facts) -> None:
         """That a recipe came to an entry of this key."""
@@ -88,8 +90,9 @@ class Row(Protocol):
 class Run:
     """One sampling: the entries lent to it, and the buffers they are joined in."""
 
-    def __init__(self, keeping: Keeping, bank: Bank, patcher):
-        self.keeping, self.bank, self.patcher = keeping, bank, patcher
+    def __init__(self, keeping: Keeping, bank: Bank, patcher, alone: bool = False):
+        """alone: the positive side is computed without the negative one."""
+        self.keeping, self.bank, self.patcher, self.alone = keeping, bank, patcher, alone
         self.record, self.loans, self.buffers = Record(place="not used"), Loans(), Buffers()
         self.used: dict[str, Key] = {}      # by digest, of entries that are in the bank because of this run or an earlier one
         self.counted: set[tuple] = set()    # places whose entries the record has among those that were found
@@ -106,31 +109,24 @@ class Run:
             for key in self.used.values():
                 self.bank.forget_reference(key)
         if self.dropped:
-            self.record.reasons.append(f"{self.dropped} entries left before the end, so that no more memory was taken than was reserved")
+            left = many(self.dropped, "entry", "entries")
+            self.record.reasons.append(f"{left} left before the end, so that no more memory was taken than was reserved")
         self.loans, self.known, self.buffers = Loans(), {}, Buffers()
         return self.record
 
-    def claim(self, conds: dict, batch: int = 1) -> list[Reference]:
-        """Mark the handles of a run's conditions as read; every reference among them is checked against the model first.
-
-        A reference comes back as often as it may be encoded: once for each condition and each of its texts in a batch, or once if it is there already.
-        """
-        network, found = self.patcher.model.diffusion_model, []
+    def claim(self, conds: dict) -> None:
+        """Mark the handles of a run's conditions as read; every reference among them is checked against the model first."""
+        network = self.patcher.model.diffusion_model
         for cond in (cond for entries in conds.values() for cond in entries):
             handle = handle_of(cond)
             if handle is None:
                 continue
-            pooled = cond.get("pooled_output")
-            texts = min(batch, len(pooled)) if torch.is_tensor(pooled) else 1
             for reference in handle.references:
                 if why := unfit(reference.recipe, network):
                     raise ValueError(why)
-                if not is_there(reference.recipe):
-                    found += [reference] * max(1, texts)
-                elif reference not in found:
-                    found.append(reference)
+            if (why := odd(handle.recipes)) and why not in self.record.reasons:
+                self.record.reasons.append(why)
             cond["model_conds"] = {**cond["model_conds"], NAME: CONDReferences(handle, claimed=True)}
-        return found
 
     def reserved(self, references: list[Reference]) -> int:
         """Bytes on the GPU that the entries will want: all of them, or two blocks of each where they are streamed."""
@@ -189,7 +185,7 @@ class Run:
             self.make_room(size, place, using)
             entry = ready or (self.bank.get(key) if key.lasting else None)
             if entry is not None and place not in self.counted:     # one that left and came back is found once
-                self.record.found.append(entry.source)
+                (self.record.found if ready is None else self.record.given).append(entry.source)
             self.counted.add(place)
             lent = self.make(recipe, key, facts) if entry is None else self.lend(entry, facts.device)
             self.loans.put(place, lent, size)
@@ -233,7 +229,7 @@ class Run:
         self.record.made.append(recipe.source)
         self.record.seconds += time.perf_counter() - begun
         if key.lasting and not self.bank.put(entry):
-            reason = f"an entry of {entry.bytes / MIB:.0f} MiB is above the bank's limit of {self.bank.limit / MIB:.0f} MiB and is not kept"
+            reason = f"an entry of {mib(entry.bytes)} is above the bank's limit of {mib(self.bank.limit)} and is not kept"
             if reason not in self.record.reasons:
                 self.record.reasons.append(reason)
         return self.lend((self.bank.peek(key) if key.lasting else None) or entry if self.streamed else entry, facts.device)
@@ -254,11 +250,6 @@ class Run:
             off = f"keys and values in 8 bits, {torch.stack(errors).mean().item():.1%} off"
             exactness = f"approximate: {off}" if exactness == EXACT else f"{exactness}; {off}"
         return Entry(recipe.family, blocks, key, recipe.source, recipe.rope, ids, exactness, scales=scales)
-
-
-def is_there(recipe) -> bool:
-    """Whether it carries its entries with it."""
-    return hasattr(recipe, "entry") or hasattr(recipe, "entries")
 
 
 def relative_l2(tensor: Tensor, reference: Tensor) -> Tensor:

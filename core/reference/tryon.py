@@ -52,8 +52,11 @@ def shown(person: Tensor, mask: Tensor, pose: Tensor | None = None) -> tuple[Ten
         drawn = torch.full_like(person, 0.5)
     else:
         drawn = like("poses", scaled(image_of(pose, "pose"), height, width), batch)[:, rows, columns] / 2 + 0.5
-    picture = torch.where(inside[..., None] > 0, drawn, person)
-    return picture, F.interpolate(inside[:, None], scale_factor=1 / MULTIPLE, mode="nearest")
+    small = F.interpolate(inside[:, None], scale_factor=1 / MULTIPLE, mode="nearest")
+    if small.numel() and not small.any():
+        raise ValueError(f"the mask marks nothing of the person, or less than {MULTIPLE} x {MULTIPLE} pixels, so the picture would come back as it was; "
+                         "mark the clothes that change, white in the mask")
+    return torch.where(inside[..., None] > 0, drawn, person), small
 
 
 def encoded(vae, picture: Tensor) -> Tensor:

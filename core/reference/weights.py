@@ -1,12 +1,17 @@
 """Weights that a reference system brings along, read from safetensors alone. A file may come from a stranger."""
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..knob import shown
+
 PIECE = 1 << 24     # bytes read at a time
+ELEMENTS = 1 << 24  # looked at at a time
 
 
 class Weights(NamedTuple):
@@ -34,6 +39,27 @@ def read_weights(path: Path | str, what: str) -> Weights:
         raise ValueError(f"{path.name} is damaged or cut off ({str(error)[:80]}); download it again") from error
     except OSError as error:
         raise ValueError(f"{path.name} cannot be read ({error.strerror or error}); choose {what}") from error
+
+
+def check_weights(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raise unless all of a file's tensors are of floating point, and of numbers."""
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} has {shown(key)} of type {kind(tensor.dtype)} where weights are of floating point; download it again")
+        if not finite(tensor):
+            raise ValueError(f"{name} has values in {shown(key)} that are no numbers, which would make the whole picture so; download it again")
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether every value is a number; of whole numbers all are."""
+    if not tensor.is_floating_point():
+        return True
+    pieces = tensor.flatten().split(ELEMENTS)      # a type of 8 bits has no test of its own, and a copy of a whole weight is large
+    return all(bool((piece.float() if tensor.element_size() == 1 else piece).isfinite().all()) for piece in pieces)
+
+
+def kind(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def digest_of(path: Path) -> str:

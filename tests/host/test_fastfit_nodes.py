@@ -60,9 +60,12 @@ def test_a_soft_mask_of_another_size_is_made_sharp_at_the_size_of_the_image():
 
 def test_odd_sizes_are_cropped_in_the_middle_and_pasted_back_where_they_came_from():
     image, mask = drawn(1, 1, 37, 27, 3), torch.ones(1, 37, 27)
-    *_, latent, shown = person(image, torch.zeros(1, 37, 27))
-    assert latent.shape[-2:] == (4, 3) and torch.equal(shown, image[:, 2:34, 1:25])
-    (back,) = FastFitPasteBack.execute(shown, image, mask, 0).args
+    corner = torch.zeros(1, 37, 27)
+    corner[:, 2:10, 1:9] = 1        # a mask that marks nothing is refused
+    *_, latent, shown = person(image, corner)
+    inside = image[:, 2:34, 1:25]
+    assert latent.shape[-2:] == (4, 3) and torch.equal(shown[:, 8:], inside[:, 8:]) and torch.equal(shown[:, :8, 8:], inside[:, :8, 8:])
+    (back,) = FastFitPasteBack.execute(inside, image, mask, 0).args
     assert torch.equal(back, image)
 
 

@@ -163,7 +163,7 @@ def test_a_set_of_which_a_part_left_the_bank_is_not_saved():
     sample(attached, "flux", **conditions(handle))
     bank.limited(bank.bytes * 2 // 3)
     assert len(bank) == 1
-    with pytest.raises(ValueError, match="^1 of the 2 entries of EasyControl random, spatial, 64 x 64 are no longer kept; raise limit_mib in Apply Reference"):
+    with pytest.raises(ValueError, match="^1 of the 2 entries of EasyControl random, spatial, 64 x 64 are no longer kept: the limit of .* had no room for them"):
         stored(attached, handle)
 
 
@@ -329,4 +329,4 @@ def test_inspect_tells_size_fields_and_hits():
     for seed in (1, 2):
         sample(attached, "flux", seed=seed, **conditions(handle))
     text = described(attached, handle)
-    assert "weight 0.5" in text and "exact" in text and "used 1 times" in text and "pooled:" in text and "the bank holds 2 entries" in text
+    assert "weight 0.5" in text and "exact" in text and "used 1 time since" in text and "pooled:" in text and "the bank holds 2 entries" in text

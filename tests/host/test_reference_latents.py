@@ -20,6 +20,7 @@ from pack.core.reference.bank import Bank
 from pack.core.reference.handle import Handle, Reference, with_references
 from pack.core.reference.injector import attach_references
 from pack.core.reference.latents import Settings, attach_reference_latents
+from pack.core.reference.told import share
 from pack.nodes import reference_latents as group
 from testbed import tiny
 from testbed.kind import Kind
@@ -393,25 +394,73 @@ def test_the_errors_that_are_told_are_the_true_ones_of_their_evaluations(name):
     hosts, from_1 = (replayed(patched, name, points, cfg=1.0) for patched in (patcher(name), cached(patcher(name))))
     assert all(map(torch.equal, run, unmeasured)) and list(silent[0].errors) == [4] and list(records[0].errors) == [2, 4]
     assert [torch.equal(a, b) for a, b in zip(run, hosts, strict=True)] == [True, True, False, False, True, False, False]
-    assert records[0].errors[2] == pytest.approx(told(run[2], hosts[2]), rel=1e-9) and records[0].errors[2] > 1e-6
-    assert records[0].errors[4] == pytest.approx(told(from_1[4], hosts[4]), rel=1e-9) and silent[0].errors[4] == records[0].errors[4]
-    assert f"{records[0].errors[4]:.2%} of the denoised latent at evaluation 4" in records[0].line()
+    assert records[0].errors[2] == pytest.approx(told(run[2], hosts[2]), rel=1e-7) and records[0].errors[2] > 1e-6
+    assert records[0].errors[4] == pytest.approx(told(from_1[4], hosts[4]), rel=1e-7) and silent[0].errors[4] == records[0].errors[4]
+    assert f"{share(records[0].errors[4])} of the denoised latent at evaluation 4" in records[0].line()
     assert (records[0].full, records[0].frozen, records[0].mixed) == (3, 4, 0)
 
 
-def test_the_error_is_that_of_all_conditions_together():
+def denoised(patched, name: str, cfg: float, conds: dict) -> list:
+    """What the sampler gets at every step."""
+    got = []
+    sample(patched, name, cfg=cfg, steps=4, callback=lambda step, x0, x, total: got.append(x0.clone()), **conds)
+    return got
+
+
+@pytest.mark.parametrize("sides", ["alike", "unlike", "positive alone"])
+@pytest.mark.parametrize("cfg", [1.0, 3.0, 8.0])
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image"])
+def test_the_error_is_that_of_what_the_sampler_gets_with_guidance(name, cfg, sides):
+    """Of the first frozen evaluation, whose latent is that of the host's run: nothing was frozen before it."""
+    negative = {"alike": references(name, 31), "unlike": references(name, 33, 34), "positive alone": []}[sides]
+    conds, records = {"positive": conditioning(name, 11, *references(name, 31)), "negative": conditioning(name, 12, *negative)}, []
+    frozen, full = denoised(cached(patcher(name), records, measure=True), name, cfg, conds), denoised(patcher(name), name, cfg, conds)
+    assert torch.equal(frozen[1], full[1]) and records[0].errors == {2: pytest.approx(told(frozen[2], full[2]), rel=1e-3)}
+    assert "of the denoised latent at evaluation 2" in records[0].line()
+
+
+def rescaled(patched):
+    """Guidance of another kind than cfg's."""
+    clone = patched.clone()
+    clone.set_model_sampler_post_cfg_function(lambda args: 0.5 * args["denoised"])
+    return clone
+
+
+@pytest.mark.parametrize("kind", ["post cfg", "two prompts"])
+def test_an_error_that_is_not_of_the_denoised_latent_is_told_as_what_it_is(kind):
     records, watched = [], []
 
     def wrapper(executor, *args, **kwargs):
         watched.append(executor(*args, **kwargs).clone())
         return watched[-1]
 
-    patched = cached(patcher("flux2"), records, measure=True)
+    patched = cached(rescaled(patcher("flux2")) if kind == "post cfg" else patcher("flux2"), records, measure=True)
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test.watch", wrapper)     # behind the cache, so it sees what is computed to measure
-    conds = {"positive": conditioning("flux2", 11, *references("flux2", 31, 32)), "negative": conditioning("flux2", 12, *references("flux2", 33))}
-    sample(patched, "flux2", **conds)       # of unlike references, so each is a call
+    more = conditioning("flux2", 13, *references("flux2", 33)) if kind == "two prompts" else []
+    conds = {"positive": conditioning("flux2", 11, *references("flux2", 31, 32)) + more, "negative": conditioning("flux2", 12, *references("flux2", 33))}
+    sample(patched, "flux2", **conds)       # of unlike references, so there are two calls
     frozen, full = torch.cat(watched[4:8:2]), torch.cat(watched[5:8:2])
-    assert records[0].errors == {2: pytest.approx(told(frozen, full), rel=1e-9)}
+    assert records[0].errors == {2: pytest.approx(told(frozen, full), rel=1e-7)}
+    assert "of the predictions before guidance at evaluation 2" in records[0].line()
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"refresh": 1}, "refresh_every 1 computes every evaluation in full, so nothing was frozen; choose 2 or more, or 0 for never"),
+    ({"first": STEPS}, "no evaluation came after those that are computed in full")])
+def test_a_run_that_froze_nothing_says_why(settings, said):
+    records = []
+    sample(cached(patcher("flux2"), records, **settings), "flux2", **both("flux2"))
+    assert said in records[0].line()
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_only_the_sides_that_are_computed_are_reserved_for(cfg, monkeypatch):
+    seen, real = [], latents.Freezing.needed
+    monkeypatch.setattr(latents.Freezing, "needed", lambda *args: seen.append(real(*args)) or seen[-1])
+    records = []
+    sample(cached(patcher("flux2"), records), "flux2", cfg=cfg, **both("flux2"))
+    kept = records[0].bytes
+    assert seen == [pytest.approx(kept, rel=0.05)]     # positions are beside it
 
 
 @pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image", "omni"])

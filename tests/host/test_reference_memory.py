@@ -1,4 +1,5 @@
 """How much memory references take, during a run and after it, and who gives it back."""
+import comfy.context_windows
 import comfy.hooks
 import pytest
 import torch
@@ -9,6 +10,7 @@ from test_easycontrol import condition
 from test_references import conds, handle, used
 
 from pack.core.reference.bank import Bank
+from pack.core.reference.demand import wanted
 from pack.core.reference.handle import Handle, Reference, with_references
 from pack.core.reference.injector import RUN, Keeping
 from pack.core.reference.lend import Loans
@@ -132,3 +134,69 @@ def test_an_entry_that_left_comes_back_from_the_bank_and_is_told_once(monkeypatc
     assert torch.equal(sample(used(model("flux"), bank, records), "flux", **apart), wanted)
     assert len(records[0].made) == 2 and len(records[0].found) == 0 and len(bank) == 2
     assert f"{2 * STEPS - 1} entries left before the end" in records[0].line()
+
+
+@pytest.mark.parametrize(("cfg", "entries"), [(1.0, 1), (3.0, 2)])
+def test_the_negative_is_reserved_for_where_it_is_computed(cfg, entries):
+    bank, records = Bank(), []
+    sample(used(model("flux"), bank, records), "flux", cfg=cfg, **conds(handle()))
+    assert len(records[0].made) == entries and records[0].bytes == bank.bytes
+
+
+def test_a_negative_that_something_asks_for_at_cfg_1_is_reserved_for():
+    bank, records = Bank(), []
+    patched = used(model("flux"), bank, records)
+    patched.set_model_sampler_post_cfg_function(lambda args: args["denoised"], disable_cfg1_optimization=True)
+    sample(patched, "flux", cfg=1.0, **conds(handle()))
+    assert len(records[0].made) == 2 and records[0].bytes == bank.bytes
+
+
+def test_an_entry_that_both_sides_share_is_reserved_for_once():
+    bank, records = Bank(), []
+    both = with_references(tiny.conditioning("flux", 11), handle())
+    sample(used(model("flux"), bank, records), "flux", positive=both, negative=both)
+    assert len(records[0].made) == 1 and records[0].bytes == bank.bytes
+
+
+def in_area(conditioning: list, *area: int) -> list:
+    """As the host's node sets it, in latent pixels: height, width, y, x."""
+    return [[text, {**more, "area": area, "strength": 1.0, "set_area_to_bounds": False}] for text, more in conditioning]
+
+
+@pytest.mark.parametrize("limit", [8192, 0])
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_prompts_for_areas_with_references_of_their_own_never_make_one_another_leave(cfg, limit):
+    """The recipe of the help page. The host gives each area the other side's prompt, and a spatial condition is stretched over each."""
+    left, right = in_area(tiny.conditioning("flux", 11), 8, 4, 0, 0), in_area(tiny.conditioning("flux", 13), 8, 4, 0, 4)
+    bank, records = Bank(limit * 2 ** 20), []
+    first, second = handle(5), handle(6)
+    negative = tiny.conditioning("flux", 12)
+    sides = {"positive": with_references(left, first) + with_references(right, second),
+             "negative": with_references(negative, first) + with_references(negative, second)}
+    sample(used(model("flux"), bank, records), "flux", cfg=cfg, **sides)
+    assert "left before the end" not in records[0].line() and len(records[0].made) == len(set(map(id, records[0].made))) <= 5
+    assert records[0].bytes >= len(records[0].made) * handle().references[0].recipe.bytes(model("flux").model.diffusion_model, torch.float32)
+
+
+@pytest.mark.parametrize("schedule", ["standard_static", "batched", "standard_uniform", "looped_uniform"])
+@pytest.mark.parametrize("length", [4, 6, 8])
+def test_context_windows_of_several_sizes_are_reserved_for(schedule, length):
+    windows, records = comfy.context_windows, []
+    patched = used(model("flux"), records=records)
+    patched.model_options["context_handler"] = windows.IndexListContextHandler(
+        windows.get_matching_context_schedule(schedule), windows.get_matching_fuse_method("pyramid"), context_length=length, context_overlap=2,
+        context_stride=1, closed_loop=False, dim=3)
+    sample(patched, "flux", cfg=2.0, noise=torch.randn(1, 16, 8, 20, generator=torch.Generator().manual_seed(1)), **conds(handle()))
+    assert len(records[0].made) > 2 and "left before the end" not in records[0].line()
+
+
+def test_what_a_run_with_only_one_side_wants():
+    held = handle()
+    sides = {side: [more for _, more in with_references(tiny.conditioning("flux", seed), held)] for side, seed in (("positive", 11), ("negative", 12))}
+    assert len(wanted(sides, (1, 16, 8, 8))) == 2 and len(wanted(sides, (1, 16, 8, 8), alone=True)) == 1
+
+
+def test_an_entry_above_the_limit_says_how_large_both_are():
+    records = []
+    sample(used(model("flux"), Bank(), records, limit=1), "flux", cfg=1.0, **conds(handle()))
+    assert " KiB is above the bank's limit of 0.0 KiB and is not kept" in records[0].line() and "0.0 MiB" not in records[0].line()

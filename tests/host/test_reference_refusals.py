@@ -1,5 +1,7 @@
 """What no reference can be made of or used with, for every system: told in one sentence, with what came, what was expected and what to do."""
 import copy
+import tracemalloc
+from functools import partial
 from types import SimpleNamespace
 
 import folder_paths
@@ -9,13 +11,14 @@ import tryon
 from comfy.nested_tensor import NestedTensor
 from comfy_extras.nodes_hypertile import HyperTile
 from harness import model, sample
+from safetensors import safe_open
 from safetensors.torch import save_file
 from template_files import BLOCKS, base, image_weights, lora_weights, scalar_weights, template
 from test_easycontrol import adapter, condition
 from torch import nn
 
 from pack.core.reference.bank import Bank
-from pack.core.reference.fastfit_checkpoint import build
+from pack.core.reference.fastfit_checkpoint import build, load_fastfit
 from pack.core.reference.files import read, write
 from pack.core.reference.handle import Handle, Reference, with_references
 from pack.core.reference.injector import attach_references
@@ -29,7 +32,7 @@ from pack.core.reference.templates.merge import referred
 from pack.nodes import references as reference_nodes
 from pack.nodes.easycontrol import EasyControlCondition, EasyControlLoader
 from pack.nodes.fastfit import FastFitGarment, FastFitLoader, FastFitPasteBack, FastFitPerson
-from pack.nodes.references import ApplyReferenceCache, LoadReferenceCache
+from pack.nodes.references import ApplyReferenceCache, CombineReferenceCache, LoadReferenceCache
 from pack.nodes.template_carriers import TemplateLora, TemplateText
 from pack.nodes.templates import TemplateImage, TemplateLoader, TemplateScalar
 from testbed import tiny, tiny_fastfit
@@ -101,16 +104,23 @@ def handles(folder) -> dict[str, Handle]:
 
 # Wrong base model.
 
+# Their blocks have the names of FLUX's.
+NAMED_ALIKE = {"chroma": "Chroma", "chroma_radiance": "ChromaRadiance", "hunyuan_video": "HunyuanVideo", "hunyuan_image": "HunyuanVideo"}
+
 BASES = {
     ("EasyControl", "FLUX.2"): (lambda: model("flux2"), "the model is another FLUX; load FLUX.1-dev"),
     ("EasyControl", "Z-Image"): (lambda: model("z_image"), "the model is NextDiT; load a FLUX.1-dev model"),
     ("EasyControl", "Wan"): (lambda: model("wan"), "the model is WanModel; load a FLUX.1-dev model"),
     ("EasyControl", "SD 1.5"): (lambda: model("sd15_like"), "the model is UNetModel; load a FLUX.1-dev model"),
+    **{("EasyControl", name): (partial(model, name), f"is an EasyControl adapter for FLUX.1 and the model is {kind}; load a FLUX.1-dev model")
+       for name, kind in NAMED_ALIKE.items()},
     ("EasyControl", "FLUX of another depth"): (lambda: flux_of(depth=3), "fits a FLUX of 2 + 3 blocks of width 128 and the model has 3 + 3 of width 128; load"),
     ("EasyControl", "FLUX Fill"): (fill_variant, "takes 384 channels per token and the condition has 64; load plain FLUX.1-dev"),
     ("FastFit", "SD 1.5"): (lambda: model("sd15_like"), "came to a UNetModel, which is no FastFit model; load one with the FastFit Loader"),
     ("FastFit", "FLUX.1"): (lambda: model("flux"), "came to a Flux, which is no FastFit model; load one with the FastFit Loader"),
     ("template", "FLUX.1"): (lambda: model("flux"), "was made for FLUX.2 and the model is FLUX.1; use it with the model that it was made for"),
+    **{("template", name): (partial(model, name), f"was made for FLUX.2 and the model is {kind}; use it with the model that it was made for")
+       for name, kind in NAMED_ALIKE.items()},
     ("template", "Z-Image"): (lambda: model("z_image"), "was made for 5 blocks and NextDiT has 0 of the kind; use it with the flux2 model"),
     ("template", "FLUX.2 of another depth"): (lambda: model("flux2"), "was made for 5 blocks and Flux has 3 of the kind; use it with the flux2 model"),
     ("template", "FLUX.2 of another width"): (lambda: base(hidden=128), "has 2 heads of 128 channels in block double.0 and the model 1 of 128; use it with"),
@@ -210,6 +220,30 @@ def adapter_tensors() -> dict:
 
 PLAIN_LORA = {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(4, 128), "transformer.transformer_blocks.0.attn.to_q.lora_B.weight":
               torch.zeros(128, 4)}
+def changed(tensors: dict, end: str, change) -> dict:
+    """With the first tensor of such a name changed."""
+    key = next(key for key in tensors if key.endswith(end))
+    return {**tensors, key: change(tensors[key].clone()).contiguous()}
+
+
+def lost(tensor):
+    return tensor.index_fill_(0, torch.tensor([0]), LOST)
+
+
+def numbered(tensors: dict, slot: str) -> dict:
+    """As of another slot."""
+    return {key.replace("_loras.0.", f"_loras.{slot}."): tensor for key, tensor in tensors.items()}
+
+
+def whole(tensors: dict) -> dict:
+    """Of whole numbers."""
+    return {key: tensor.to(torch.int32) for key, tensor in tensors.items()}
+
+
+def with_alpha(alpha) -> dict:
+    return {**lora_weights(layers=["transformer_blocks.0.attn.to_q"]), "transformer_blocks.0.attn.to_q.alpha": alpha}
+
+
 WHOLE = {"EasyControl": adapter_tensors, "FastFit": tiny_fastfit.tensors, "template": scalar_weights, "saved": lambda: None}
 KINDS = {"EasyControl": "loras", "FastFit": "diffusion_models", "template": "templates"}
 NODES = {"EasyControl": EasyControlLoader, "FastFit": FastFitLoader, "template": TemplateLoader}
@@ -251,6 +285,31 @@ FILES = {
     ("template", "one for Qwen-Image"): ({"proj_k.block_0.positional_embedding": torch.zeros(4, 128)}, "is a template for Qwen-Image"),
     ("template", "an unknown one"): ({"image_encoder.weight": torch.zeros(2)}, "its keys are 'image_encoder.weight'; load the model.safetensors of"),
     ("template", "not whole"): ({k: v for k, v in scalar_weights().items() if "single_1" not in k}, "leaves some out; it is not whole, download it again"),
+    ("EasyControl", "of whole numbers"): (whole(adapter_tensors()), "of type int32 where weights are of floating point; download it again"),
+    ("EasyControl", "of no numbers"): (
+        changed(adapter_tensors(), "k_loras.0.up.weight", lost), "that are no numbers, which would make the whole picture so; down"),
+    ("EasyControl", "without slot 0"): (numbered(adapter_tensors(), "1"), "has 1 slot and numbers them up to 1; expected slots from 0 on, none left out; down"),
+    ("EasyControl", "of a slot of millions"): (numbered(adapter_tensors(), "20000000"), "has 1 slot and numbers them up to 20000000; expected slots from 0"),
+    ("EasyControl", "of a slot of many digits"): (numbered(adapter_tensors(), "9" * 30), "which no EasyControl adapter has; choose a file"),
+    ("FastFit", "of whole numbers"): (whole(tiny_fastfit.tensors()), "of type int32 where weights are of floating point; choose unet/"),
+    ("FastFit", "with a first convolution of 1 dimension"): (
+        changed(tiny_fastfit.tensors(), "conv_in.weight", torch.flatten), "has conv_in.weight of shape [2592] where 4 dimensions, none of them 0, belong; "),
+    ("FastFit", "with a first convolution of no rows"): (
+        changed(tiny_fastfit.tensors(), "conv_in.weight", lambda weight: weight[:0]), "has conv_in.weight of shape [0, 9, 3, 3] where 4 dimensions, none"),
+    ("FastFit", "with a first convolution of odd rows"): (
+        changed(tiny_fastfit.tensors(), "conv_in.weight", lambda weight: weight[:31]), "has conv_in.weight of 31 rows, which 32 groups of a norm cannot share"),
+    ("FastFit", "with classes of no dimension"): (
+        changed(tiny_fastfit.tensors(), "class_embedding.weight", lambda weight: weight[0, 0]), "has class_embedding.weight of shape [] where 2 dimensions"),
+    ("FastFit", "with a block of no dimension"): (
+        changed(tiny_fastfit.tensors(), "down_blocks.0.resnets.0.conv1.weight", lambda weight: weight[0, 0, 0, 0]), "resnets.0.conv1.weight of shape [], wh"),
+    ("FastFit", "with a block of no number"): ({**tiny_fastfit.tensors(), "down_blocks.x.resnets.0.conv1.weight": torch.zeros(32, 32, 3, 3)},
+                                               "has the key down_blocks.x.resnets.0.conv1.weight, which FastFit's UNet does not have; choose unet/"),
+    ("template", "of whole numbers"): (whole(scalar_weights()), "has tensors of type I32 where a template's are F64, F32, F16, BF16"),
+    ("template", "of pictures and whole numbers"): (whole(image_weights()), "has tensors of type I32 where a template's are F64, F32, F16, BF16"),
+    ("template", "of no tokens"): (scalar_weights(tokens=0), "is of shape [0, 256], which holds nothing; download it again"),
+    ("template", "of LoRAs of no rank"): (lora_weights(rank=0), "which holds nothing; download it again"),
+    ("template", "of LoRAs with a matrix for alpha"): (
+        with_alpha(torch.ones(3, 3)), "alpha of shape [3, 3]; expected one number, or one for each LoRA of a bank"),
     ("saved", "an adapter"): (adapter_tensors(), "the format is 'None', expected 'reprise.reference'; save it again"),
 }
 
@@ -260,6 +319,41 @@ def test_a_wrong_file(place, case):
     tensors, said = FILES[case]
     _, load = place(case[0], tensors)
     refused(load, said)
+
+
+def test_a_slot_of_millions_takes_no_memory(place):
+    _, load = place("EasyControl", numbered(adapter_tensors(), "20000000"))
+    tracemalloc.start()
+    refused(load, "numbers them up to 20000000")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 1 << 25     # the file is read by pieces of half that
+
+
+USES = {
+    "scalar": (scalar_weights, "positional_embedding", lambda made: made.entry((0.5,))),
+    "constant": (lambda: {key: tensor for key, tensor in scalar_weights().items() if "positional" in key}, "positional_embedding", lambda made: made.entry()),
+    "LoRA": (lora_weights, "lora_B.default.weight", lambda made: made.loras([0])),
+    "image": (image_weights, "img_to_qkv.weight", lambda made: made.patcher),
+    "text": (lambda: {"text_embedding": torch.zeros(3, 16)}, "text_embedding", lambda made: made.embedding()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("kind", USES)
+def test_a_template_of_no_numbers_is_refused_where_it_is_read(tmp_path, kind, dtype):
+    made, end, use = USES[kind]
+    tensors = {key: tensor.to(dtype) for key, tensor in changed(made(), end, lost).items()}
+    refused(lambda: use(template(tmp_path, tensors, "broken")), "that are no numbers, which would make the whole picture so; download it again")
+
+
+@pytest.mark.parametrize("part", [".k", ".v", ".ids"])
+def test_a_saved_reference_of_no_numbers(place, folder, part):
+    with safe_open(folder / "saved.safetensors", framework="pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()     # noqa: SIM118 - no mapping
+    path, load = place("saved", {})
+    save_file(changed(tensors, part, lost), path, metadata)
+    refused(load, "of entry 0 has values that are no numbers; save it again")
 
 
 def garbage(raw: bytes) -> bytes:
@@ -413,7 +507,17 @@ INPUTS = {
     "EasyControl: no latent": (lambda f: EasyControlCondition.execute(adapter(FLUX), latent=MASK), "the latent is a Tensor and 'samples' was expected"),
     "EasyControl: a latent that is no number": (lambda f: easycontrol(latent=torch.full((1, 16, 8, 8), LOST)), NUMBERS),
     "EasyControl: a VAE that gives no number": (lambda f: easycontrol(PICTURE, Vae(16, LOST)), NUMBERS),
-    "EasyControl: the VAE of a video model": (lambda f: easycontrol(PICTURE, Vae(16, frames=True)), "as a video has it, and [pictures, channels"),
+    "EasyControl: the VAE of a video model": (lambda f: easycontrol(PICTURE, Vae(16, frames=True)), "as a video has it, and [pictures, 16"),
+    "EasyControl: a latent of SD": (
+        lambda f: easycontrol(latent=torch.zeros(1, 4, 8, 8)), "has 4 channels and 16 were expected; encode the picture with FLUX's"),
+    "EasyControl: neither image nor latent": (lambda f: easycontrol(), "neither image nor latent came; connect one of them"),
+    "EasyControl: both image and latent": (
+        lambda f: easycontrol(PICTURE, Vae(16), torch.zeros(1, 16, 8, 8)), "both image and latent came; connect one of them"),
+    "EasyControl: an unknown padding": (lambda f: easycontrol(PICTURE, Vae(16), padding="pink"), "padding is 'pink'; choose one of gray, black, white"),
+    "Combine: nothing": (lambda f: CombineReferenceCache.execute(one(tryon.garment()), None), "second is a NoneType and references were expected; connect"),
+    "Combine: nothing before": (
+        lambda f: CombineReferenceCache.execute(None, one(tryon.garment())), "first is a NoneType and references were expected; connect"),
+    "Apply: nothing": (lambda f: at_the_node(tryon.fastfit(), None), "reference is a NoneType and references were expected; connect"),
     "EasyControl: an image of 3 dimensions": (lambda f: easycontrol(PICTURE[0], Vae(16)), THREE),
     "EasyControl: an image of no height": (lambda f: easycontrol(PICTURE[:, :0], Vae(16)), "the image is of shape [1, 0, 64, 3] and [images"),
     "EasyControl: no image in the batch": (lambda f: easycontrol(PICTURE[:0], Vae(16), kind="subject"), "the image is of shape [0, 64, 64, 3] and [images"),
@@ -431,6 +535,13 @@ INPUTS = {
     "FastFit: a pose of 3 dimensions": (lambda f: FastFitPerson.execute(PICTURE, MASK, Vae(), PICTURE[0]), "the pose is of shape [64, 64, 3] and [images"),
     "FastFit: a mask of no size": (lambda f: FastFitPerson.execute(PICTURE, torch.zeros(1, 0, 0), Vae()), "the mask is of shape [1, 0, 0] and [masks"),
     "FastFit: no mask": (lambda f: FastFitPerson.execute(PICTURE, torch.zeros(0, 64, 64), Vae()), "the mask is of shape [0, 64, 64] and [masks"),
+    "FastFit: a mask of no numbers": (
+        lambda f: FastFitPerson.execute(PICTURE, MASK * LOST, Vae()), "the mask has values that are no numbers; mend what made it"),
+    "FastFit: a mask of no numbers for the paste": (lambda f: FastFitPasteBack.execute(PICTURE, PICTURE, MASK * LOST), "the mask has values that are no num"),
+    "FastFit: an empty mask": (
+        lambda f: FastFitPerson.execute(PICTURE, MASK * 0, Vae()), "the mask marks nothing of the person, or less than 8 x 8 pixels, so"),
+    "FastFit: weights of an unknown type": (lambda f: load_fastfit("x.safetensors", "int3"), "weight_dtype is 'int3'; choose one of default, fp8_e4m3fn"),
+    "template: weights of an unknown type": (lambda f: TemplateLoader.execute("x", "int3"), "weight_dtype is 'int3'; choose one of default, fp8_e4m3fn"),
     "FastFit: a mask of no size for the paste": (lambda f: FastFitPasteBack.execute(PICTURE, PICTURE, torch.zeros(1, 0, 8)), "the mask is of shape [1, 0, 8]"),
     "FastFit: a result of 3 dimensions": (lambda f: FastFitPasteBack.execute(PICTURE[0], PICTURE, MASK), "the result is of shape [64, 64, 3] and [images"),
     "template: a video latent": (lambda f: image_template(f, latent={"samples": torch.zeros(1, 128, 2, 4, 4)}), "as a video has it, and [pictures, channels"),
@@ -459,6 +570,32 @@ def test_a_reference_latent_that_is_no_number_is_told():
     run = LatentsRun(Settings("exact"), SimpleNamespace(model=model("flux2").model))
     run.prepare({"positive": [{"reference_latents": [torch.full((1, 128, 4, 4), LOST)]}]}, {}, (1, 128, 8, 8))
     assert "has values that are no numbers; mend what made it" in run.record.line() and not run.record.served
+
+
+@pytest.mark.parametrize("mode", ["exact", "freeze"])
+@pytest.mark.parametrize(("name", "channels", "wanted"), [("flux2", 16, 128), ("flux", 4, 16)])
+def test_a_reference_latent_of_another_vae(mode, name, channels, wanted):
+    records, latents = [], [tryon.drawn(31, 1, channels, 8, 6)]
+    cached = attach_reference_latents(model(name), Settings(mode), records.append)
+    conds = {side: tiny.conditioning(name, seed, reference_latents=latents) for side, seed in (("positive", 11), ("negative", 12))}
+    said = f"a reference latent has {channels} channels and {type(model(name).model).__name__} takes {wanted};"
+    refused(lambda: sample(cached, name, steps=2, **conds), said)
+    assert "out of the sequence" not in records[0].line() and said in records[0].line()
+
+
+def test_a_load_where_nothing_is_saved_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference_nodes, "references_folder", lambda: tmp_path)
+    refused(lambda: LoadReferenceCache.execute(reference_nodes.NONE_SAVED), "no reference is saved yet; save one with Save Reference Cache first")
+
+
+OUTFITS = {("overall", "upper"): True, ("overall", "lower", "shoe"): True, ("overall", "shoe", "bag"): False, ("upper", "lower"): False}
+
+
+@pytest.mark.parametrize("labels", OUTFITS)
+def test_an_outfit_that_the_model_was_not_trained_with_is_told(labels):
+    run = Run(Keeping(), Bank(), tryon.fastfit())
+    run.claim({"positive": [more for _, more in with_references(text_for(None), tryon.handle(*(tryon.garment(i, label) for i, label in enumerate(labels))))]})
+    assert ("is no outfit that FastFit was trained with" in run.record.line()) is OUTFITS[labels]
 
 
 SPANS = {

@@ -7,7 +7,7 @@ template brings a model.py beside its weights; it is never run: a kind is told b
 From Duan, Zhang and Chen, "Diffusion Templates", arXiv 2604.24351.
 """
 from ...registry import Registry
-from .base import WrongTemplate, seen
+from .base import FLOATS, WrongTemplate, check, seen
 from .constant import Constant
 from .file import File
 from .image import Image
@@ -23,6 +23,7 @@ def template_of(file: File, **options):
     """The template in a file. `options` go to a kind that has a use for them."""
     for kind in KINDS.values():
         if kind.recognises(file.shapes):
+            check(file, getattr(kind, "types", FLOATS))
             return kind.read(file, **{name: value for name, value in options.items() if name in kind.options})
     for sign, base in OTHER_BASES.items():
         if any(sign in key for key in file.shapes):

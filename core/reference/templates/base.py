@@ -14,6 +14,7 @@ HEAD = 128      # channels of a head in every FLUX
 SYSTEM = "diffusion templates 1"
 BLOCK = r"(?:double|single)_\d+"        # as templates name blocks
 TOLD = 4        # keys in a sentence
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")    # as a file's header spells them
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -47,6 +48,14 @@ def check_shapes(file: File, wanted: Shapes) -> None:
             raise WrongTemplate(f"{file.name}: {key} is {list(file.shapes[key])} where {list(shape)} belongs; download it again")
     if strange := [key for key in file.shapes if key not in wanted]:
         raise WrongTemplate(f"{file.name} has keys that its kind of template has not ({seen(strange)}); load one of the published templates for FLUX.2 klein")
+
+
+def check(file: File, types: Collection[str]) -> None:
+    """Raise unless every tensor holds something, of one of these types."""
+    if strange := [kind for kind in file.types if kind not in types]:
+        raise WrongTemplate(f"{file.name} has tensors of type {shown(strange[0])} where a template's are {', '.join(types)}; download it again")
+    if empty := [key for key, shape in file.shapes.items() if 0 in shape]:
+        raise WrongTemplate(f"{file.name}: {shown(empty[0])} is of shape {list(file.shapes[empty[0]])}, which holds nothing; download it again")
 
 
 def check_width(file: File, width: int) -> None:

@@ -9,6 +9,9 @@ import comfy.utils
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...knob import shown
+from ..weights import finite
+
 CHUNK = 1 << 24
 
 
@@ -28,7 +31,11 @@ class File:
         return digest_of(self.path, found.st_size, found.st_mtime_ns)
 
     def tensors(self) -> dict[str, Tensor]:
-        return comfy.utils.load_torch_file(str(self.path), safe_load=True)
+        """All of them; a ValueError names the first that holds no numbers."""
+        found = comfy.utils.load_torch_file(str(self.path), safe_load=True)
+        if lost := [key for key, tensor in found.items() if not finite(tensor)]:
+            raise ValueError(f"{self.name} has values in {shown(lost[0])} that are no numbers, which would make the whole picture so; download it again")
+        return found
 
 
 def opened(path: Path, name: str) -> File:

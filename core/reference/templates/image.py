@@ -18,12 +18,14 @@ import torch
 from comfy.ldm.flux.math import apply_rope
 from torch import Tensor
 
-from ..bank import MIB, Bank
+from ...knob import shown
+from ..bank import Bank
 from ..entry import Entry, fingerprint
 from ..injector import BANK
 from ..inputs import check_latent
 from ..prefill import Put
-from .base import Shapes, WrongTemplate, check_width, entry_of, in_order, key_of, seen
+from ..told import mib
+from .base import FLOATS, Shapes, WrongTemplate, check_width, entry_of, in_order, key_of, seen
 from .file import File
 from .names import CHANNELS, DOUBLE, ONCE, SINGLE, renamed, size, split
 
@@ -59,6 +61,7 @@ class Image:
     weights: str = "default"
 
     name, options = "image", ("weights",)
+    types = (*FLOATS, "I8", "U8", "F8_E8M0")        # the host's quantized weights too
 
     @classmethod
     def recognises(cls, shapes: Shapes) -> bool:
@@ -67,7 +70,7 @@ class Image:
     @classmethod
     def read(cls, file: File, weights: str = "default") -> "Image":
         if weights not in WEIGHTS:
-            raise ValueError(f"the weights are to be '{weights}'; choose one of {', '.join(WEIGHTS)}")
+            raise ValueError(f"weight_dtype is '{shown(weights)}'; choose one of {', '.join(WEIGHTS)}")
         if strange := [key for key in file.shapes if split(key) is None]:
             raise WrongTemplate(f"{file.name} has keys that no image template known here has ({seen(strange)}); "
                                 "load ControlNet, Edit, Upscaler or Inpaint for FLUX.2 klein")
@@ -123,7 +126,7 @@ class Image:
             return held
         size, blocks = self.bytes(text, latents), {}
         tell(size)
-        log.info(f"Reprise: {source} will take {size / MIB:.1f} MiB of host memory")
+        log.info(f"Reprise: {source} will take {mib(size)} of host memory")
 
         def put(name: str, k: Tensor, v: Tensor) -> None:
             blocks[name] = (k.detach().to("cpu", copy=True), v.detach().to("cpu", copy=True))

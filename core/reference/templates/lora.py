@@ -58,6 +58,9 @@ class LoraBank:
                 raise WrongTemplate(f"{file.name}: the halves of {layer} are {list(down)} and {list(up)}; expected [rank, in] and [out, rank], "
                                     "or as many of both stacked")
             counts.add(down[:-2])
+            alpha = file.shapes.get(parts.get("alpha"), ())
+            if alpha not in ((), (1,), down[:-2]):
+                raise WrongTemplate(f"{file.name} has {parts['alpha']} of shape {list(alpha)}; expected one number, or one for each LoRA of a bank")
         if len(counts) != 1:
             raise WrongTemplate(f"{file.name} has layers of {', '.join(sorted(str(list(c)) for c in counts))} LoRAs; expected as many in every layer")
         stacked = counts.pop()
