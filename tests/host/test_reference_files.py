@@ -163,7 +163,7 @@ def test_a_set_of_which_a_part_left_the_bank_is_not_saved():
     sample(attached, "flux", **conditions(handle))
     bank.limited(bank.bytes * 2 // 3)
     assert len(bank) == 1
-    with pytest.raises(ValueError, match="^1 of the 2 entries of EasyControl random, spatial, 64 x 64 are no longer kept: the limit of .* had no room for them"):
+    with pytest.raises(ValueError, match="^1 of the 2 entries of EasyControl random, spatial, 64 x 64 are no longer kept: the limit of .* had no room"):
         stored(attached, handle)
 
 
