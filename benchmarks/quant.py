@@ -47,7 +47,8 @@ class Peak:
     """The most anonymous memory while a block ran, MiB above what it left behind."""
 
     def __enter__(self):
-        self.most, self.over = anonymous(), threading.Event()
+        self.before = self.most = anonymous()
+        self.over = threading.Event()
         self.watcher = threading.Thread(target=self.watch)
         self.watcher.start()
         return self

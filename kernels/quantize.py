@@ -37,11 +37,11 @@ def _quantize_kernel(x, codes, scales, channels, ROTATION: tl.constexpr, PIECES:
 
 
 def fits(x: Tensor, rotation: bool) -> bool:
-    return x.dtype in FLOATS and x.is_contiguous() and x.numel() > 0 and x.shape[-1] <= LONGEST
+    return x.dtype in FLOATS and x.is_contiguous() and x.numel() > 0 and x.shape[-1] * max(2, x.element_size()) <= 2 * LONGEST
 
 
 def fused(x: Tensor, rotation: bool) -> tuple[Tensor, Tensor]:
-    """As `quantize_rows`; x is contiguous, in fp32, fp16 or bf16, of at most LONGEST channels."""
+    """As `quantize_rows`; x is contiguous, in fp32, fp16 or bf16, of at most LONGEST channels, of fp32 half as many."""
     codes, scales = fake(x, rotation)
     channels = x.shape[-1]
     with torch.cuda.device_of(x):

@@ -2,14 +2,13 @@
 from ..core.quant import folders
 from ..core.quant.formats import known_formats
 from ..core.quant.loader import load
-from ..core.quant.plan import COMPUTE, Settings, read_plan
+from ..core.quant.plan import COMPUTE, DEVICES, Settings, read_plan
 from ..core.quant.save import save
 from ._api import io
 from .notify import show, text_notifier
 
 CATEGORY = "reprise/quantized"
 NO_PLAN = "none"
-DEVICES = ("default", "cpu")
 
 
 class QuantizedModelLoader(io.ComfyNode):

@@ -55,6 +55,9 @@ def network_of(config, sd: dict[str, Tensor], name: str) -> nn.Module:
     if missing:
         raise BadFile(f"'{name}' lacks {len(missing)} of {len(wanted)} tensors of its model, the first is '{missing[0]}'; it is not whole")
     for key, tensor in wanted.items():
+        if tensor.is_floating_point() and not sd[key].is_floating_point():
+            kind = str(sd[key].dtype).removeprefix("torch.")
+            raise BadFile(f"'{name}': '{key}' holds {kind}, and its model has fractions there; the file is damaged or of a format that is not read")
         if tuple(sd[key].shape) != tuple(tensor.shape):
             found, asked = tuple(sd[key].shape), tuple(tensor.shape)
             raise BadFile(f"'{name}': '{key}' is {found}, and its model has {asked} there; the file is damaged or of another model")

@@ -14,6 +14,7 @@ import safetensors
 from torch import Tensor
 
 GGUF_MAGIC = b"GGUF"
+LONGEST = 500               # characters of an error
 MOST_METADATA = 1 << 20     # characters of one JSON text that we read out of a header
 
 
@@ -42,7 +43,11 @@ class Blocks:
 
 
 class BadFile(ValueError):
-    """A file that cannot be what it says it is; one sentence for the user."""
+    """A file that cannot be what it says it is; one sentence for the user, whatever names the file has in it."""
+
+    def __init__(self, sentence: str):
+        told = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in sentence)
+        super().__init__(told if len(told) <= LONGEST else f"{told[:LONGEST // 2]} ... {told[-LONGEST // 2:]}")
 
 
 def open_file(path: Path | str) -> WeightFile:

@@ -27,6 +27,7 @@ from .formats.svdquant import KIND
 from .gguf_file import refuse_text_model
 from .layer import Layer
 from .plan import Settings, plan
+from .sensitive import matches
 from .svdquant.served import NATIVE, NOT, served
 
 log = logging.getLogger("reprise")
@@ -79,7 +80,8 @@ def load_file(file: WeightFile, settings: Settings, disable_dynamic: bool = Fals
     family = family_of(config)
     device = torch.device("cpu") if settings.device == "cpu" else comfy.model_management.get_torch_device()
     targets = plan(layers, linears, family, settings, *abilities(device))
-    warnings = unfit(layers, targets, device, file.name)
+    idle = [pattern for pattern in settings.exclude if not any(matches(name, (pattern,)) for name in layers)]
+    warnings = (*unfit(layers, targets, device, file.name), *(f"'{pattern}' excludes no layer" for pattern in idle))
     options = {"load_device": device, "offload_device": torch.device("cpu")} if settings.device == "cpu" else {}
     dtype = comfy.model_management.unet_manual_cast(None, device, config.supported_inference_dtypes)
     sd = state_dict(layers, rest, targets, dtype, device)

@@ -21,6 +21,7 @@ from .sensitive import is_sensitive, matches
 from .transcode import TRANSCODERS
 
 COMPUTE = ("auto", "int8", "fp8", "bf16", "host")
+DEVICES = ("default", "cpu")
 TARGETS = ("stored", *TRANSCODERS, "full", "packed", "packed int8")
 FULL = ("bf16", "fp16", "fp32")
 MOST = 1 << 22      # bytes of a plan file
@@ -37,8 +38,9 @@ class Settings:
     layers: Mapping[str, str] = field(default_factory=dict)    # a saved plan: layer -> target
 
     def __post_init__(self):
-        if self.compute not in COMPUTE:
-            raise ValueError(f"unknown compute '{self.compute}'; known: {', '.join(COMPUTE)}")
+        for what, chosen, known in (("compute", self.compute, COMPUTE), ("device", self.device, DEVICES)):
+            if chosen not in known:
+                raise ValueError(f"unknown {what} '{str(chosen)[:100]}'; known: {', '.join(known)}")
 
 
 def plan(
@@ -53,6 +55,9 @@ def plan(
         raise ValueError(f"the plan is for another model: it has {len(lost)} layers that this file lacks, the first is '{lost[0]}'")
     kept = {name for name in layers if name not in linears or is_sensitive(name, family) or matches(name, settings.exclude)}
     asked = {name: "host" if name in kept else settings.compute for name in layers}
+    for name, where in settings.layers.items():
+        if where == "nvfp4" and (name not in linears or is_sensitive(name, family)):
+            raise ValueError(f"the plan makes '{name}' nvfp4, and a layer that is sensitive cannot be; take the layer out of the plan")
     planned = {name: "stored" if where == "full" and layers[name].format in FULL else where for name, where in settings.layers.items()}
     return {name: planned.get(name) or target(layer, asked[name], fast_int8, native) for name, layer in layers.items()}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import comfy.model_management
 import comfy.utils
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -38,6 +39,8 @@ def save(patcher, path: Path) -> dict[str, str]:
     try:
         save_file(sd, partial, metadata=metadata)
         partial.replace(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"'{path.name}' could not be written ({error}); see that the disk has room and the folder can be written to") from error
     finally:
         partial.unlink(missing_ok=True)
     return turned

@@ -80,6 +80,17 @@ BAD_LAYERS = {
         lambda t: t.update({f"{LAYER}.scale_weight": torch.tensor(float("nan"))}), "float8_e4m3fn scaled, old spelling", "is no single finite number"),
     "scales that do not fit": (
         lambda t: t.update({f"{LAYER}.weight_scale": torch.ones(7, 1)}), "int8_tensorwise, rotated", "and 7 scales do not fit"),
+    "a scale of int8 that is no number": (
+        lambda t: t[f"{LAYER}.weight_scale"].view(-1)[3:4].fill_(float("inf")), "int8_tensorwise, rotated", "weight_scale has values that are no numbers"),
+    "a scale of fp8 that is no number": (
+        lambda t: t[f"{LAYER}.weight_scale"].fill_(float("nan")), "float8_e4m3fn scaled", "weight_scale has values that are no numbers"),
+    "a scale of blocks that is no number": (
+        lambda t: t[f"{LAYER}.weight_scale"].view(torch.uint8).view(-1)[5:6].fill_(127), "nvfp4", "weight_scale has values that are no numbers"),
+    "a mark that is no text": (
+        lambda t: t.update({f"{LAYER}.comfy_quant": torch.frombuffer(bytearray(b'{"format": ["int8"]}'), dtype=torch.uint8)}), "int8_tensorwise",
+        "which this ComfyUI does not know"),
+    "weights that are whole numbers": (
+        lambda t: t.update({f"{LAYER}.weight": t[f"{LAYER}.weight"].long()}), "fp16", "holds int64, and its model has fractions there"),
     "an unknown format": (
         lambda t: t.update({f"{LAYER}.comfy_quant": torch.frombuffer(bytearray(b'{"format": "int5"}'), dtype=torch.uint8)}), "int8_tensorwise",
         f"layer '{LAYER}' is stored as 'int5', which this ComfyUI does not know"),
@@ -103,6 +114,14 @@ def test_a_layer_that_cannot_be_is_named(fault, tmp_path):
     with pytest.raises(BadFile) as told:
         loaded(changed(tmp_path, change, form))
     assert sentence in str(told.value), told.value
+
+
+def test_an_error_is_one_line_of_bounded_length_whatever_names_a_file_has(tmp_path):
+    for name in ("a" * 40_000, "a\n\0b", "\u202egnp.x"):
+        save_file({f"{name}.weight": torch.zeros(4, 4)}, tmp_path / "odd.safetensors")
+        with pytest.raises(BadFile) as told:
+            loaded(tmp_path / "odd.safetensors")
+        assert len(str(told.value)) < 520 and str(told.value).isprintable()
 
 
 def test_no_network_larger_than_the_file_is_built(tmp_path, monkeypatch):

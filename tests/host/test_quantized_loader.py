@@ -146,6 +146,23 @@ def test_a_lora_acts_on_a_quantized_model_as_on_a_full_one(compute, tmp_path):
     assert nearness(drawn("flux", model, 1), plain) > 35, "the LoRA stayed on the model without it"
 
 
+def test_a_pattern_that_excludes_nothing_is_told(tmp_path):
+    _, told = loaded(write("flux", "fp16", tmp_path / "model.safetensors"), compute="int8", exclude=("double_blocks.0.*", "nothing_like*"))
+    assert told.line().endswith("; 'nothing_like*' excludes no layer") and "double_blocks" not in told.line()
+
+
+@pytest.mark.parametrize("layer", ["img_in", "txt_in", "final_layer.linear"])
+def test_a_plan_cannot_make_a_model_that_does_not_run(layer, tmp_path):
+    with pytest.raises(ValueError, match=f"the plan makes '{layer}' nvfp4, and a layer that is sensitive cannot be"):
+        loaded(write("flux", "fp16", tmp_path / "model.safetensors"), layers={layer: "nvfp4"})
+
+
+@pytest.mark.parametrize("settings", [{"device": "tpu"}, {"compute": "int5"}])
+def test_settings_that_do_not_exist_are_named(settings, tmp_path):
+    with pytest.raises(ValueError, match=r"unknown (device|compute) '.*'; known: "):
+        loaded(tmp_path / "model.safetensors", **settings)
+
+
 def test_a_reload_without_dynamic_memory_does_the_same_again(tmp_path):
     model, told = loaded(write("flux", "fp16", tmp_path / "model.safetensors"), compute="int8", exclude=("*linear2",))
     again, arguments = model.cached_patcher_init

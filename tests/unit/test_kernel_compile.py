@@ -4,6 +4,7 @@ import json
 import pytest
 
 from benchmarks import _compiled
+from benchmarks.kernels import COMPILED
 from pack.kernels import KERNELS
 from pack.kernels.spec import Limits
 
@@ -95,3 +96,8 @@ def test_the_table_is_printed_and_written_and_a_row_beyond_its_limits_is_told(mo
     assert tuple(row) == benchmark.COLUMNS and "64 registers" in capsys.readouterr().out
     rows[0]["stack_bytes"] = 16
     assert benchmark.main(["--compile-only"]) == 1 and "TOO MUCH" in capsys.readouterr().out
+
+
+def test_the_table_in_the_repository_is_of_all_kernels():
+    table = json.loads(COMPILED.read_text(encoding="utf-8"))
+    assert {row["kernel"] for row in table} == {kernel.name for kernel in KERNELS} and {row["arch"] for row in table} == {*_compiled.ARCHITECTURES}

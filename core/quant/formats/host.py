@@ -44,7 +44,7 @@ class HostFormats:
 
     def layer(self, file: WeightFile, left: dict, name: str, conf: dict) -> Layer:
         form = conf.get("format") if isinstance(conf, dict) else None
-        if form not in QUANT_ALGOS or form not in NEEDED:
+        if not isinstance(form, str) or form not in QUANT_ALGOS or form not in NEEDED:
             known = ", ".join(sorted(QUANT_ALGOS.keys() & NEEDED.keys()))
             raise BadFile(f"'{file.name}': layer '{name}' is stored as {form!r}, which this ComfyUI does not know; it knows {known}; update ComfyUI")
         weight = left.pop(name + WEIGHT)
@@ -68,6 +68,9 @@ class HostFormats:
             "int8_tensorwise": scale.numel() in (1, rows), "convrot_w4a4": scale.numel() == rows,
             "mxfp8": scale.numel() * 32 >= rows * columns, "nvfp4": scale.numel() * 16 >= rows * columns,
         }.get(form, scale.numel() == 1)
+        for part in ("weight_scale", "weight_scale_2"):
+            if part in parts and not numbers(parts[part], form, part):
+                raise BadFile(f"'{file.name}': layer '{name}' is stored as {form}, and its {part} has values that are no numbers; download the file again")
         if not fits:
             raise BadFile(f"'{file.name}': layer '{name}' is stored as {form}, whose {rows} x {columns} weights and {scale.numel()} scales do not fit")
         group = option(conf, "convrot_groupsize", 256)
@@ -95,6 +98,15 @@ class HostFormats:
         params = kind(**{key: value for key, value in given.items() if key in known}, orig_dtype=torch.float32, orig_shape=(stop_ - start_, columns))
         whole = QuantizedTensor(weight[start_:stop_].view(QUANT_ALGOS[form]["storage_t"]), layout, params).dequantize()
         return whole[start - start_:stop - start_]
+
+
+def numbers(scale: Tensor, form: str, part: str) -> bool:
+    """Whether scales are finite. Those of blocks are bytes: in e8m0 255 is none, in e4m3 seven bits set."""
+    if form == "mxfp8":
+        return scale.element_size() == 1 and not bool((scale.view(torch.uint8) == 255).any())
+    if form == "nvfp4" and part == "weight_scale":
+        return scale.element_size() == 1 and not bool((scale.view(torch.uint8) & 127 == 127).any())
+    return scale.is_floating_point() and bool(scale.float().isfinite().all())
 
 
 def option(conf: dict, name: str, default):

@@ -116,6 +116,9 @@ def joined(file: WeightFile, left: dict, host: str, parts: list[Stored], axis: i
         if part.kind != first.kind or part.shape[1 - axis] != first.shape[1 - axis]:
             told = " and ".join(f"'{part.name}' ({part.kind}, {part.shape[0]} x {part.shape[1]})" for part in parts)
             raise BadFile(f"'{file.name}': {told} do not make one layer; the file is damaged")
+    lacking = [part.name for part in parts if part.bias is None]
+    if lacking and (len(lacking) < len(parts) and parts[-1].bias is None or axis == 0 and len(lacking) < len(parts)):
+        raise BadFile(f"'{file.name}': '{lacking[-1]}' lacks its bias, which the parts beside it have; download the file again")
     weight = Weight(tuple(Segment(part, 0, part.shape[0]) for part in parts), axis, offset(parts, axis))
     bias = bias_of(parts, axis, weight.offset)
     if bias is not None:

@@ -104,6 +104,8 @@ def take(file: WeightFile, head: Header, left: dict, name: str, gelu: bool = Fal
     if not bool((smooth.isfinite() & (smooth != 0)).all()):
         raise parts.bad("its smoothing has zeros or numbers that are none")
     down, up = parts.branch(n, k, scale.dtype if kind == "int4" else smooth.dtype)
+    if kind == "int4" and not bool(scale.isfinite().all()):
+        raise parts.bad("its wscales have values that are no finite numbers")
     row_scale, one = (parts.vector("wcscales", n, missing=True), parts.number("wtscale")) if kind == "nvfp4" else (None, 1.0)
     return Stored(name, kind, weight, scale, smooth, down, up, parts.vector("bias", n, missing=True), row_scale, one, gelu and kind == "int4")
 
