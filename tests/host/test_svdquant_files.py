@@ -303,6 +303,7 @@ FC2, QKV = "single_transformer_blocks.1.mlp_fc2", "transformer_blocks.0.qkv_proj
 CHANGES = {
     "a missing scale": (lambda tensors, meta: tensors.pop(f"{QKV}.wscales"), f"'{QKV}' is SVDQuant, and it has no wscales"),
     "a missing weight": (lambda tensors, meta: tensors.pop(f"{FC2}.qweight"), f"'{FC2}' is SVDQuant, and it has no qweight"),
+    "a missing bias": (lambda tensors, meta: tensors.pop(f"{FC2}.bias"), f"'{FC2}' lacks its bias"),
     "a missing half of a branch": (lambda tensors, meta: tensors.pop(f"{QKV}.lora_up"), "has no lora_up"),
     "another rank": (lambda tensors, meta: meta.update(quantization_config='{"rank": 128}'), "rank of 32 where the header says 128"),
     "another kind": (lambda tensors, meta: meta.update(quantization_config='{"weight": {"dtype": "fp4_e2m1_all"}}'), "the header says nvfp4"),
