@@ -26,6 +26,8 @@ from .formats import layers_of
 from .formats.svdquant import KIND
 from .gguf_file import refuse_text_model
 from .layer import Layer
+from .packed import own_product
+from .packed_ops import packed_ops
 from .plan import Settings, plan
 from .sensitive import matches
 from .svdquant.served import NATIVE, NOT, served
@@ -85,10 +87,9 @@ def load_file(file: WeightFile, settings: Settings, disable_dynamic: bool = Fals
     options = {"load_device": device, "offload_device": torch.device("cpu")} if settings.device == "cpu" else {}
     dtype = comfy.model_management.unet_manual_cast(None, device, config.supported_inference_dtypes)
     sd = state_dict(layers, rest, targets, dtype, device)
-    if {"packed", "packed int8"} & set(targets.values()):
-        from .packed_ops import packed_ops
-
-        options["custom_operations"] = packed_ops(dtype)
+    own = own_product(device) and any(target == "int8" or target == "stored" and layers[name].format == "int8_tensorwise" for name, target in targets.items())
+    if own or {"packed", "packed int8"} & set(targets.values()):
+        options["custom_operations"] = packed_ops(dtype, own=own)
     patcher = comfy.sd.load_diffusion_model_state_dict(sd, model_options=options, metadata=file.metadata, disable_dynamic=disable_dynamic)
     if patcher is None:
         raise BadFile(f"'{file.name}' is no diffusion model that ComfyUI knows; choose a file of models/diffusion_models")

@@ -118,6 +118,19 @@ def product(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
 
 
 @register_layout_op(torch.ops.aten.linear.default, GGUFLayout)
+def own_int8(x: Tensor, weight, bias: Tensor | None) -> Tensor | None:
+    """x W^T + b of a layer in the host's int8, by Reprise's kernel; None where that does not serve the layer."""
+    if not isinstance(weight, QuantizedTensor) or weight._layout_cls != "TensorWiseINT8Layout" or x.dtype not in FLOATS:
+        return None
+    params = weight._params
+    group = params.convrot_groupsize if params.convrot else 0
+    if params.transposed or group not in blocks.BY_KERNEL:
+        return None
+    rows, row_scales = quantize_rows(x.reshape(-1, x.shape[-1]).contiguous(), bool(group))
+    scales = params.scale.reshape(-1).float().expand(weight.shape[0]).contiguous()
+    return int8_linear(rows, row_scales, weight._qdata, scales, bias, out_dtype=x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
 def linear(first, args, kwargs):
     x, weight, bias = (*args, None)[:3]
     if not of_blocks(weight) or weight._params.transposed:

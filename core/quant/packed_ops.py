@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from . import blocks
 from .formats.fp8 import marker
 from .later import later
-from .packed import of_blocks
+from .packed import of_blocks, own_int8
 
 INT8, LAYOUT = "int8_tensorwise", "TensorWiseINT8Layout"
 WRONG = "'{key}' has the shape {came} in the file, and the model's is {wanted}"
@@ -106,10 +106,11 @@ class Holder:
 
 
 @cache
-def packed_ops(compute_dtype: torch.dtype, full_precision: bool = False):
+def packed_ops(compute_dtype: torch.dtype, full_precision: bool = False, own: bool = False):
     """The class to hand the host as custom operations. Weights that are not packed are as in its own, in the type of the file.
 
     full_precision: no products of quantized inputs, as the host has it for text encoders.
+    own: products of the host's int8 layers by Reprise's kernel, for devices where comfy_kitchen's is a slow one.
     """
     base = comfy.ops.mixed_precision_ops({}, compute_dtype, full_precision_mm=full_precision)
 
@@ -140,6 +141,10 @@ def packed_ops(compute_dtype: torch.dtype, full_precision: bool = False):
                 if branches is None:
                     return self.forward_decoded(input, patch)
                 return beside(super().forward(input, *args, **given), input, branches)
+
+            def _forward(self, input, weight, bias):
+                out = own_int8(input, weight, bias) if own and type(input) is Tensor else None      # a kernel of a block may be waiting in a Deferred
+                return super()._forward(input, weight, bias) if out is None else out
 
             def forward_decoded(self, input: Tensor, patch) -> Tensor:
                 weight, bias, stream = comfy.ops.cast_bias_weight(self, input, offloadable=True)
