@@ -77,7 +77,8 @@ def test_who_serves_an_operation_is_what_comfy_kitchen_would_choose(kitchen, gpu
     assert capabilities(device).int8.fast and capabilities(device).svdquant.fast and not capabilities(device).nvfp4.fast
     registry.disable("cuda")
     assert set(look(device).serves.values()) == {EAGER}
-    assert not capabilities(device).int8.fast and "CUDA 13" in capabilities(device).int8.why
+    able = capabilities(device)
+    assert able.int8.by == "Reprise's Triton kernel" and able.int8.fast and "CUDA 13" in able.int8.why and not able.svdquant.fast
 
 
 @pytest.mark.parametrize(("capability", "int8", "svdquant", "nvfp4"), [

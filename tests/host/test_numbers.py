@@ -11,9 +11,16 @@ from harness import model, schedule, spied
 from pack.core.knob import knobs
 from pack.core.reference.handle import Handle
 from pack.nodes._api import io
+from pack.nodes.attention_backend import AttentionBackend
 from pack.nodes.compare_runs import CompareRuns
+from pack.nodes.doctor import Doctor
 from pack.nodes.easycontrol import EasyControlCondition, EasyControlLoader
 from pack.nodes.fastfit import FastFitGarment, FastFitLoader, FastFitPasteBack, FastFitPerson
+from pack.nodes.fused_kernels import FusedKernels
+from pack.nodes.gguf import GGUFTextEncoderLoader
+from pack.nodes.modulation_cache import ModulationCache
+from pack.nodes.quantization_report import QuantizationReport
+from pack.nodes.quantized import QuantizedModelLoader, SaveQuantizedModel
 from pack.nodes.reference_latents import ReferenceLatentCache
 from pack.nodes.references import (
     ApplyReferenceCache,
@@ -32,7 +39,8 @@ from testbed import tiny
 
 NODES = (StepCache, StepCacheCalibrate, RunReport, CompareRuns, EasyControlLoader, EasyControlCondition, FastFitLoader, FastFitPerson, FastFitGarment,
          FastFitPasteBack, TemplateLoader, TemplateScalar, TemplateImage, TemplateLora, TemplateText, ReferenceLatentCache, ApplyReferenceCache,
-         CombineReferenceCache, SaveReferenceCache, LoadReferenceCache, InspectReferenceCache, ClearReferenceCache)
+         CombineReferenceCache, SaveReferenceCache, LoadReferenceCache, InspectReferenceCache, ClearReferenceCache,
+         QuantizedModelLoader, SaveQuantizedModel, QuantizationReport, GGUFTextEncoderLoader, ModulationCache, AttentionBackend, FusedKernels, Doctor)
 NUMBERS = [pytest.param(node, entry, id=f"{node.__name__}: {entry.id}") for node in NODES for entry in node.GET_SCHEMA().inputs
            if isinstance(entry, (io.Float.Input, io.Int.Input))]
 KNOBS = [pytest.param(kind, name, knob, id=f"{kind} {name}: {knob.name}") for kind, registry in MENUS.items() for name, entry in registry.items()
@@ -57,6 +65,10 @@ def called(node, patcher, **inputs):
         ReferenceLatentCache: {"model": patcher, "mode": "freeze"},
         ApplyReferenceCache: {"model": patcher, "positive": [], "negative": [], "reference": Handle()},
         LoadReferenceCache: {"name": "none"},
+        AttentionBackend: {"model": patcher},
+        QuantizationReport: {
+            "model": patcher, "positive": tiny.conditioning("flux", 11), "negative": tiny.conditioning("flux", 12),
+            "sampler": comfy.samplers.ksampler("euler"), "sigmas": schedule("flux", 2), "latent_image": {"samples": torch.zeros(1, 16, 8, 8)}},
     }
     clone = node.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
     return make_locked_method_func(node, "execute", clone)(**{**needed[node], **inputs})
