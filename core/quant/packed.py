@@ -117,7 +117,6 @@ def product(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, blocks.values(held, params.type, x.dtype), bias)
 
 
-@register_layout_op(torch.ops.aten.linear.default, GGUFLayout)
 def own_int8(x: Tensor, weight, bias: Tensor | None) -> Tensor | None:
     """x W^T + b of a layer in the host's int8, by Reprise's kernel; None where that does not serve the layer."""
     if not isinstance(weight, QuantizedTensor) or weight._layout_cls != "TensorWiseINT8Layout" or x.dtype not in FLOATS:
@@ -131,6 +130,7 @@ def own_int8(x: Tensor, weight, bias: Tensor | None) -> Tensor | None:
     return int8_linear(rows, row_scales, weight._qdata, scales, bias, out_dtype=x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
+@register_layout_op(torch.ops.aten.linear.default, GGUFLayout)
 def linear(first, args, kwargs):
     x, weight, bias = (*args, None)[:3]
     if not of_blocks(weight) or weight._params.transposed:
