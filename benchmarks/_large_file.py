@@ -13,7 +13,7 @@ from comfy.quant_ops import get_layout_class
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pack.core.quant import transcode
+from pack.core.quant.blocks import rotation_group
 from pack.core.quant.files import open_file
 from pack.core.quant.formats import layers_of
 from pack.core.quant.loader import load, state_dict
@@ -39,7 +39,7 @@ def alone(path: Path) -> float:
         for key in file.keys():     # noqa: SIM118 - it is no dict
             tensor = file.get_tensor(key)
             if tensor.ndim == 2 and key.endswith(".weight") and not is_sensitive(key.removesuffix(".weight"), "flux"):
-                layout.quantize(tensor.float(), is_weight=True, per_channel=True, convrot=True, convrot_groupsize=transcode.rotation(tensor.shape[1]))
+                layout.quantize(tensor.float(), is_weight=True, per_channel=True, convrot=True, convrot_groupsize=rotation_group(tensor.shape[1]))
             else:
                 tensor.clone()
     return time.perf_counter() - began

@@ -72,7 +72,7 @@ def load(path: Path | str, settings: Settings, disable_dynamic: bool = False, re
 def load_file(file: WeightFile, settings: Settings, disable_dynamic: bool = False):
     """Of tensors that are already at hand, (ModelPatcher, Loaded)."""
     began = time.perf_counter()
-    file, prefix = stripped(file)
+    file = stripped(file)
     layers, rest = layers_of(file)
     if settings.format != "auto" and settings.format not in {layer.format for layer in layers.values()}:
         found = ", ".join(sorted({layer.format for layer in layers.values()})) or "no layer"
@@ -119,11 +119,11 @@ def unfit(layers: Mapping[str, Layer], targets: Mapping[str, str], device: torch
     return tuple(told)
 
 
-def stripped(file: WeightFile) -> tuple[WeightFile, str]:
+def stripped(file: WeightFile) -> WeightFile:
     """The diffusion model's part of a whole checkpoint."""
-    tensors, prefix = without_prefix({**file.tensors, **file.packed})
+    tensors, _ = without_prefix({**file.tensors, **file.packed})
     packed = {key: blocks for key, blocks in tensors.items() if not isinstance(blocks, Tensor)}
-    return WeightFile(file.path, file.container, file.metadata, {key: tensor for key, tensor in tensors.items() if key not in packed}, packed), prefix
+    return WeightFile(file.path, file.container, file.metadata, {key: tensor for key, tensor in tensors.items() if key not in packed}, packed)
 
 
 def family_of(config) -> str:

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import blocks
-from .formats.fp8 import marker
 from .later import later
 from .packed import of_blocks, own_int8
+from .transcode import int8_mark
 
 INT8, LAYOUT = "int8_tensorwise", "TensorWiseINT8Layout"
 WRONG = "'{key}' has the shape {came} in the file, and the model's is {wanted}"
@@ -98,7 +98,7 @@ class Holder:
         more = sum(getattr(weight._params, name).nbytes for name in weight._params._tensor_fields())
         parts = later(tuple(weight.shape), weight._qdata.nbytes, more, made)
         sd.update({f"{prefix}weight{ending}": tensor for ending, tensor in parts.items()})
-        sd[f"{prefix}comfy_quant"] = marker(format=INT8, **({"convrot": True, "convrot_groupsize": group} if group else {}))
+        sd[f"{prefix}comfy_quant"] = int8_mark(group)
         return sd
 
     def convert_weight(self, weight, inplace=False, **given):

@@ -9,20 +9,21 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
-from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+from comfy.quant_ops import QuantizedTensor
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import transcode
+from .blocks import rotation_group
 from .layer import Layer
 from .loader import METADATA
+from .packed_ops import is_packed
 from .svdquant.header import SAID
 
 NETWORK = "diffusion_model."
 TRANSCODED = "reprise.transcoded"
 WHOLE = ("bias", "input_scale", "pre_quant_scale")      # beside a quantized weight, and no part of it
-HOST = {algo["comfy_tensor_layout"] for algo in QUANT_ALGOS.values()}
 
 
 def save(patcher, path: Path) -> dict[str, str]:
@@ -78,17 +79,14 @@ def quantized(weight: Tensor, name: str, stored: dict[str, Tensor]) -> dict[str,
     """A layer under the host's suffixes; one that the host does not know as int8."""
     if hasattr(weight.layout_cls, "int8"):      # a layout of ours that computes as int8
         codes, scales = weight.layout_cls.int8(weight._qdata, weight._params)
-        group = transcode.rotation(weight.shape[1])
-        turned = {"convrot": True, "convrot_groupsize": group} if group else {}
-        return {".weight": codes, ".weight_scale": scales, ".comfy_quant": transcode.marker(format="int8_tensorwise", **turned)}
-    if weight._layout_cls not in HOST:
+        return {".weight": codes, ".weight_scale": scales, ".comfy_quant": transcode.int8_mark(rotation_group(weight.shape[1]))}
+    if is_packed(weight):
         whole = weight.detach().to("cpu").dequantize()
         layer = Layer(name=name, format=weight._layout_cls, shape=tuple(whole.shape), unpack=lambda start, stop: whole[start:stop], nbytes=0)
         return transcode.int8(layer)
     mark = stored[f"{name}.comfy_quant"]
     if weight._layout_cls == "TensorWiseINT8Layout":        # perhaps what a LoRA made of a packed layer
-        turned = {"convrot": True, "convrot_groupsize": weight._params.convrot_groupsize} if weight._params.convrot else {}
-        mark = transcode.marker(format="int8_tensorwise", **turned)
+        mark = transcode.int8_mark(weight._params.convrot_groupsize if weight._params.convrot else 0)
     return weight.state_dict(".weight") | {".comfy_quant": mark}
 
 

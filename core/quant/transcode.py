@@ -10,30 +10,34 @@ import torch
 from comfy.quant_ops import get_layout_class
 from torch import Tensor
 
+from .blocks import rotation_group
 from .formats.fp8 import marker
 from .layer import Layer
 
-GROUPS = (256, 64, 16)      # the host's rotations, widest first; its fast kernels take the widest alone
 LARGEST = 448.0             # of float8_e4m3fn
 
 
-def rotation(columns: int) -> int:
-    """The group in which a row is rotated, or 0 where none fits."""
-    return next((group for group in GROUPS if columns % group == 0), 0)
+def int8_mark(group: int) -> Tensor:
+    """The host's mark of a layer in int8, rotated in groups of so many inputs; 0 for none."""
+    return marker(format="int8_tensorwise", **turned(group))
+
+
+def turned(group: int) -> dict:
+    """A rotation as the host's marks and layouts have it."""
+    return {"convrot": True, "convrot_groupsize": group} if group else {}
 
 
 def int8(layer: Layer, device: torch.device | str = "cpu", progress=lambda weights: None) -> dict[str, Tensor]:
     """The layer as `int8_tensorwise` with a scale for each row, under the host's suffixes. On the CPU, worked out on `device`."""
     rows, columns = layer.shape
-    group, layout = rotation(columns), get_layout_class("TensorWiseINT8Layout")
-    turned = {"convrot": True, "convrot_groupsize": group} if group else {}
+    group, layout = rotation_group(columns), get_layout_class("TensorWiseINT8Layout")
     codes, scales = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, 1)
     for start, stop in layer.pieces():
-        q, params = layout.quantize(layer.rows(start, stop, device=device), is_weight=True, per_channel=True, **turned)
+        q, params = layout.quantize(layer.rows(start, stop, device=device), is_weight=True, per_channel=True, **turned(group))
         codes[start:stop].copy_(q)
         scales[start:stop].copy_(params.scale.reshape(-1, 1))
         progress((stop - start) * columns)
-    return {".weight": codes, ".weight_scale": scales, ".comfy_quant": marker(format="int8_tensorwise", **turned)}
+    return {".weight": codes, ".weight_scale": scales, ".comfy_quant": int8_mark(group)}
 
 
 def fp8(layer: Layer, device: torch.device | str = "cpu", progress=lambda weights: None) -> dict[str, Tensor]:
