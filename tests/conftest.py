@@ -2,10 +2,12 @@
 
 The root is itself the pack, and its folder `nodes` would hide the host's nodes.py from everything that imports it.
 """
+import logging
 import os
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("repository", deadline=None, derandomize=True)     # a busy machine is slow, and a red test must be red again
@@ -23,3 +25,12 @@ from testbed import inprocess
 
 inprocess.leave_root()
 inprocess.package("pack", ROOT)
+
+
+@pytest.fixture(autouse=True)
+def what_a_benchmark_silenced_is_heard_again():
+    """A command that a test runs in this process asks the log for silence as if the process were its own."""
+    levels = {name: logging.getLogger(name).level for name in ("", "reprise")}
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
