@@ -102,7 +102,8 @@ def test_links_and_nonsense_never_make_the_host_believe_in_a_change(sent):
 
 @pytest.mark.parametrize("inputs", [
     {}, {"policy": {}}, {"policy": "profile"}, {"policy": {"policy": "profile", "profile": torch.zeros(2)}}, {"policy": {"policy": ["profile"]}},
-    {"preset": torch.zeros(2), "enabled": torch.zeros(2), "policy": {"policy": "profile", "profile": "p"}}, {"model": object(), "preset": object()}], ids=str)
+    {"preset": torch.zeros(2), "enabled": torch.zeros(2), "policy": {"policy": "profile", "profile": "p"}}, {"model": object(), "preset": object()}],
+    ids=lambda inputs: str(inputs).partition(" at 0x")[0])     # the same in every process
 def test_whatever_comes_is_answered_without_an_error(inputs):
     hash(to_hashable(StepCache.fingerprint_inputs(**{"preset": "custom", **inputs})))
 
