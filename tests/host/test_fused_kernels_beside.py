@@ -6,12 +6,12 @@ import test_gguf_pictures as gguf
 import torch
 from comfy.quant_ops import QuantizedTensor
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+from edit_models import conditioning as with_references
+from edit_models import references
 from fusing import FEW, NAMES, counts, fused, made, ran
 from harness import EVERY_SECOND, Control, attached, model, network, relative, sample
 from quantized import drawn, nearness, write
 from test_quantized_loader import lora, stock
-from test_reference_latents import conditioning as with_references
-from test_reference_latents import references
 
 from pack.core.quant.fusion import attach
 from pack.core.quant.fusion.attach import Settings

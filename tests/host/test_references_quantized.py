@@ -5,9 +5,9 @@ itself is off. So there the bound is a share of that error, and what was kept mu
 """
 import pytest
 import torch
+from edit_models import compared
 from template_files import base, scalar_weights, template
 from test_easycontrol import adapter, by_pack, condition, explicit
-from test_reference_latents import compared
 from test_templates import both, concatenating, sampled
 
 from pack.core.quant.files import WeightFile
