@@ -24,10 +24,10 @@ MOST_EXTRA, MOST_TIME = 300, 1.25   # MiB; of the work alone
 MIB = 2 ** 20
 
 
-def write(path: Path) -> None:
+def write(path: Path, singles: int = 4) -> None:
     network = Flux(
         image_model="flux", in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=4096, hidden_size=3072, mlp_ratio=4.0, num_heads=24, depth=1,
-        depth_single_blocks=4, axes_dim=[16, 56, 56], theta=10000, patch_size=2, qkv_bias=True, guidance_embed=True, txt_ids_dims=[],
+        depth_single_blocks=singles, axes_dim=[16, 56, 56], theta=10000, patch_size=2, qkv_bias=True, guidance_embed=True, txt_ids_dims=[],
         dtype=torch.bfloat16, device="meta", operations=comfy.ops.disable_weight_init)
     save_file({key: torch.randn(tensor.shape, dtype=torch.bfloat16) * 0.02 for key, tensor in network.state_dict().items()}, path)
 

@@ -3,6 +3,7 @@
     python3 dev.py bench quant              -> results/quant.json; about ten minutes on idle cores
     python3 dev.py bench quant --memory     a file of 2 GB at the width of FLUX.1, in a process of its own
     python3 dev.py bench quant --flips      10 000 headers with one flipped byte each, of every container
+    python3 dev.py bench quant --lora       a LoRA on wide layers, baked and beside them -> results/quant-lora.json
 
 Rows are of the trained models of the test bed, whose layers are narrow: they tell formats apart, and say nothing of the speed
 of large ones. `psnr_image_db` is the mean over two captions, 20 steps, euler, against the full model; no row without it.
@@ -25,7 +26,7 @@ inprocess.start(cpu=True)
 import comfy.sd
 import torch
 
-from benchmarks import _flips, _large_file, _quantized_files
+from benchmarks import _flips, _large_file, _lora, _quantized_files
 from benchmarks._quantized_files import FAMILIES, FILES
 from pack.core.quant.loader import load
 from pack.core.quant.plan import COMPUTE, Settings
@@ -87,6 +88,7 @@ def main() -> int:
     options = argparse.ArgumentParser(prog="dev.py bench quant", description=__doc__.split("\n\n")[0])
     options.add_argument("--memory", action="store_true", help="load a large file and tell what it took")
     options.add_argument("--flips", action="store_true", help="flip bytes of headers")
+    options.add_argument("--lora", action="store_true", help="what a LoRA costs on each route")
     chosen = options.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
@@ -94,6 +96,8 @@ def main() -> int:
             return _flips.main(Path(folder))
         if chosen.memory:
             return _large_file.main(Path(folder), Peak)
+        if chosen.lora:
+            return _lora.main(Path(folder))
         found = []
         for row in rows(Path(folder)):
             found.append(row)
