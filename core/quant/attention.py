@@ -208,7 +208,8 @@ def compiled(patcher, options: dict) -> bool:
     if options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).get(COMPILE):
         return True
     network = patcher.get_model_object("diffusion_model")
-    return any(type(module).__name__ == "OptimizedModule" for module in (*network.modules(), *patcher.object_patches.values()))
+    return any(type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+               for module in (*network.modules(), *patcher.object_patches.values()))
 
 
 def open_run(settings: Settings, guider, sigmas: torch.Tensor) -> tuple[Run | None, Record]:

@@ -196,14 +196,13 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwargs
     if notify is None or patcher.get_attachment(KEY) is None:
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     options, record = guider.model_options, None
-    guider.model_options = comfy.model_patcher.create_model_options_clone(options)
+    own, run = comfy.model_patcher.create_model_options_clone(options), None
     if hooked(patcher):
-        guider.model_patcher = without(patcher)
         record = Record(reasons=["a hook changes the weights of the modulation from step to step, so all of them are loaded"])
     else:
-        run = Run(patcher, sigmas)
-        guider.model_options["transformer_options"][RUN] = run
+        own["transformer_options"][RUN] = run = Run(patcher, sigmas)
     try:
+        guider.model_options, guider.model_patcher = own, without(patcher) if run is None else patcher
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     finally:    # an interrupt is a BaseException
         guider.model_options, guider.model_patcher = options, patcher

@@ -148,11 +148,11 @@ def packed_ops(compute_dtype: torch.dtype, full_precision: bool = False, own: bo
 
             def forward_decoded(self, input: Tensor, patch) -> Tensor:
                 weight, bias, stream = comfy.ops.cast_bias_weight(self, input, offloadable=True)
-                if isinstance(weight, QuantizedTensor):
-                    weight = weight.dequantize()
-                out = F.linear(input, patch(weight), bias)
-                comfy.ops.uncast_bias_weight(self, weight, bias, stream)
-                return out
+                try:
+                    whole = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+                    return F.linear(input, patch(whole), bias)
+                finally:    # the pages of the weight are held for us until then
+                    comfy.ops.uncast_bias_weight(self, weight, bias, stream)
 
             def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **given):
                 if not is_packed(self.weight):

@@ -14,8 +14,8 @@ from comfy.model_patcher import LowVramPatch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
-# What the host's dynamic loading leaves on a layer that a clone without the cache loaded: pages of the GPU and patches of that clone.
-OF_OTHERS = ("_v", "_v_signature", "_prefetch", "weight_lowvram_function", "bias_lowvram_function")
+# What the host's dynamic loading leaves on a layer that a clone without the cache loaded: pages of the GPU, and patches of that clone.
+PAGES, PATCHES = ("_v", "_v_signature", "_prefetch"), ("weight_lowvram_function", "bias_lowvram_function")
 
 
 class Seat:
@@ -99,8 +99,11 @@ def lent(module: nn.Module, name: str, patcher, vector: Tensor):
                           for kind, parameter in layer._parameters.items()}
             buffers = {kind: None if buffer is None else comfy.model_management.cast_to_device(buffer, vector.device, None)
                        for kind, buffer in layer._buffers.items()}
-            for mark in OF_OTHERS:
+            for mark in PAGES:
                 state.pop(mark, None)
+            for mark in PATCHES:
+                if hasattr(layer, mark):
+                    setattr(layer, mark, None)      # a layer of the loader keeps it elsewhere, and knows where
             state.update(_parameters=parameters, _buffers=buffers)
             if hasattr(layer, "comfy_cast_weights"):
                 state.update(

@@ -430,13 +430,19 @@ def test_two_clones_do_not_share_settings(stand_in):
     assert not torch.equal(sample(one, "flux"), plain("flux"))
 
 
-@pytest.mark.parametrize("way", ["wrapper", "block"])
+@pytest.mark.parametrize("way", ["wrapper", "block", "in place"])
 def test_a_compiled_model_is_left_alone_and_told(way, stand_in):
     patcher = model("flux").clone()
     if way == "wrapper":
         patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, module.COMPILE, lambda executor, *args, **kwargs: executor(*args, **kwargs))
     else:
-        patcher.add_object_patch("diffusion_model.double_blocks.0", torch.compile(network(model("flux")).double_blocks[0], backend="eager"))
+        block = copy.copy(network(patcher).double_blocks[0])
+        if way == "block":
+            block = torch.compile(block, backend="eager")
+        else:
+            block.compile(backend="eager")
+        assert not module.compiled(patcher, {})
+        patcher.add_object_patch("diffusion_model.double_blocks.0", block)
         assert module.compiled(patcher, {})
         return
     latent, record = run(patcher, "flux", backend=KITCHEN_INT8)

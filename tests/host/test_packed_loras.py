@@ -10,6 +10,7 @@ from packed_layers import COMPUTE, K, N, change, found, inputs, lora, net, off, 
 from torch.nn import functional as F
 
 from pack.core.quant.packed_ops import is_packed
+from pack.core.quant.stand_in import lent
 
 
 @pytest.fixture(autouse=True)
@@ -121,3 +122,40 @@ def test_a_lora_on_a_schedule_is_refused_in_a_sentence():
     layer = net("int8").diffusion_model["a"]
     with pytest.raises(ValueError, match="on a schedule"):
         layer.set_weight(inputs(N, K), inplace_update=True)
+
+
+def as_dynamic_memory_leaves_it(layer, patcher) -> None:
+    layer.weight_lowvram_function = comfy.model_patcher.LowVramPatch("diffusion_model.a.weight", patcher.patches)
+
+
+@pytest.mark.parametrize("kind", (*COMPUTE, "float"))
+def test_a_modulation_that_is_lent_to_one_clone_has_not_the_lora_of_another(kind):
+    model = net("decode" if kind == "float" else kind)
+    if kind == "float":
+        model.diffusion_model["a"] = comfy.ops.manual_cast.Linear(K, N, dtype=torch.float32).requires_grad_(False)
+        model.diffusion_model["a"].load_state_dict({"weight": values(found()), "bias": inputs(N)})
+    layer, x = model.diffusion_model["a"], inputs(2, 3, K)
+    wanted, other, mine = layer(x), patcher(model), patcher(model)
+    other.add_patches({"diffusion_model.a.weight": lora()}, 1.0)
+    as_dynamic_memory_leaves_it(layer, other)
+    with_lora = layer(x)
+    assert kind == "float" or off(with_lora, wanted) > 0.01
+    with lent(layer, "diffusion_model.a", mine, x):
+        assert torch.equal(layer(x), wanted)
+    assert torch.equal(layer(x), with_lora), "the other clone lost its LoRA"
+
+
+def test_a_patch_that_fails_gives_the_weight_back(monkeypatch):
+    model, back = net("decode"), []
+    layer, changed = model.diffusion_model["a"], patcher(model)
+    changed.add_patches({"diffusion_model.a.weight": ("diff", (inputs(N, K),))}, 1.0)
+    as_dynamic_memory_leaves_it(layer, changed)
+
+    def stop(self, weight):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comfy.model_patcher.LowVramPatch, "__call__", stop)
+    monkeypatch.setattr(comfy.ops, "uncast_bias_weight", lambda *args: back.append(args))
+    with pytest.raises(KeyboardInterrupt):
+        layer(inputs(2, 3, K))
+    assert len(back) == 1

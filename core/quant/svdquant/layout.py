@@ -143,7 +143,7 @@ class SVDQuantLayout(QuantizedLayout):
             else:
                 out.append(cls.product(rows[:, at:at + k].contiguous(), small, None if at else bias))
                 at += k
-        joined = torch.cat(out, 1) if params.axis == 0 else sum(out[1:], out[0])
+        joined = out[0] if len(out) == 1 else torch.cat(out, 1) if params.axis == 0 else sum(out[1:], out[0])
         return joined.to(x.dtype).view(*x.shape[:-1], params.size[0])
 
 
