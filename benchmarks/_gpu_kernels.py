@@ -72,22 +72,29 @@ def run_products(bench) -> None:
     """y = x w^T at the shapes of FLUX and Z-Image: floating point operations in a second, for each way to multiply."""
     why = without_triton(bench)
     for M, N, K in bench.sizes.products:
+        floor = None        # microseconds of the sums alone
         for name, way in WAYS.items():
             heading = {"shape": f"{M} x {K} x {N}", "way": name}
             if why and name in (OWN, OWN_FROM_BF16):
                 bench.leave(heading, why)
                 continue
-            bench.row(heading, lambda way=way, M=M, N=N, K=K: product(way, M, N, K, bench.meter),
-                      lambda row: f"{row['us']:.1f} us, {row['tops']:.0f} TOPS")
+            row = bench.row(heading, lambda way=way, M=M, N=N, K=K, least=floor if "int8" in name else None: product(way, M, N, K, bench.meter, least), line_of)
+            floor = row["us"] if row and name == SUMS else floor
         bench.release()
 
 
-def product(way, M: int, N: int, K: int, meter) -> dict:
+def product(way, M: int, N: int, K: int, meter, least: float | None = None) -> dict:
+    """least: microseconds of cuBLAS for the sums of the same codes, the floor of what int8 products cost."""
     torch.manual_seed(0)
     call = way(Operands(M, N, K, meter.device))
     call()
     us = meter.microseconds(call)
-    return {"us": round(us, 2), "tops": round(2 * M * N * K / us / 1e6, 1)}
+    return {"us": round(us, 2), "tops": round(2 * M * N * K / us / 1e6, 1), "of_sums": None if least is None else round(least / us, 3)}
+
+
+def line_of(row: dict) -> str:
+    floor = "" if row["of_sums"] is None else f", {100 * row['of_sums']:.0f} % of the sums' speed"
+    return f"{row['us']:.1f} us, {row['tops']:.0f} TOPS{floor}"
 
 
 class Operands:
@@ -147,10 +154,11 @@ def kitchen_from_bf16(given: Operands):
     return lambda: ck.int8_linear(x, codes["weight"], scales, codes["bias"], torch.bfloat16, convrot=True, convrot_groupsize=256)
 
 
+SUMS = "torch._int_mm, sums alone"
 OWN, OWN_FROM_BF16, KITCHEN_FROM_BF16 = "Reprise int8", "Reprise int8 from bf16, rotated", "comfy_kitchen int8 from bf16, rotated"
 WAYS = {
     "bf16": bf16,
-    "torch._int_mm, sums alone": int_mm,
+    SUMS: int_mm,
     "fp8 scaled_mm": scaled_mm(False),
     "fp8 scaled_mm, fast accumulation": scaled_mm(True),
     OWN: own,

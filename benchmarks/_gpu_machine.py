@@ -10,6 +10,7 @@ import torch
 from pack.core.quant.doctor import findings
 from pack.core.quant.look import look
 
+NAME = "reprise gpu"      # by which a result is known
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -29,7 +30,7 @@ def program() -> dict:
     git = ("git", "-C", str(ROOT))
     inside = answer(*git, "rev-parse", "--is-inside-work-tree") == "true"
     return {
-        "benchmark": "reprise gpu", "version": version[1] if version else "", "commit": answer(*git, "rev-parse", "HEAD") if inside else "",
+        "benchmark": NAME, "version": version[1] if version else "", "commit": answer(*git, "rev-parse", "HEAD") if inside else "",
         "changed": bool(answer(*git, "status", "--porcelain", "--untracked-files=no")) if inside else None, "date": datetime.date.today().isoformat(),
     }
 
@@ -47,7 +48,9 @@ def facts(device: torch.device) -> dict:
 
 
 def run(bench) -> None:
-    found = bench.tried({"facts": "of the machine"}, lambda: facts(bench.meter.device))
+    device = bench.meter.device
+    bench.record.set(machine={"gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else ""})      # should the rest fail
+    found = bench.tried({"facts": "of the machine"}, lambda: facts(device))
     if found is not None:
         bench.record.set(machine=found)
         bench.say("\n".join(f"  {line}" for line in found["doctor"]))

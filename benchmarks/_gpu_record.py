@@ -9,6 +9,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,8 @@ PATH = re.compile(r"(?<![\w.])(?:[A-Za-z]:|~)?[\\/][^\s'\",;:)]+")    # of the f
 MOST_TOLD = 300     # characters of an error
 SAY = partial(print, flush=True)
 OUT_OF_MEMORY = "out of memory"
-FAILURES = [RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, OSError, ImportError, subprocess.SubprocessError]
+FAILURES = [RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, MemoryError, EOFError, OSError, ImportError,
+            subprocess.SubprocessError]
 if _triton.HAS_TRITON:
     from triton.errors import TritonError
 
@@ -38,10 +40,14 @@ def scrubbed(value):
 
 def reason(error: BaseException) -> str:
     """Of a failure, for the file."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return OUT_OF_MEMORY
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else f"{OUT_OF_MEMORY} of the host"
     text = " ".join(str(error).split())
     return scrubbed(f"{type(error).__name__}: {text}")[:MOST_TOLD]
+
+
+class NotWritten(Exception):
+    """The result's file cannot be written. No row's failure: nothing more can be kept."""
 
 
 class Record:
@@ -60,12 +66,17 @@ class Record:
         self.write()
 
     def write(self) -> None:
-        """Whole or not at all."""
+        """Whole or not at all. NotWritten, one sentence, where the disk does not take it."""
         text = json.dumps(scrubbed({**self.content, **self.judge(self.content)}), indent=1) + "\n"
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         part = self.file.with_suffix(".part")
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, self.file)
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(text, encoding="utf-8")
+            os.replace(part, self.file)
+        except OSError as error:
+            with suppress(OSError):
+                part.unlink()
+            raise NotWritten(f"{self.file} cannot be written ({error.strerror}); make room, or name another file with --out") from error
 
 
 class Bench:

@@ -90,7 +90,7 @@ def step(names: str, said: str = "") -> Callable[[dict], Rows]:
     """ms of a step of the int8 model; where `said` was not said by a node, it is not the row that was meant."""
     def find(content: dict) -> Rows:
         rows = such(content, "model", format=INT8, nodes=names)
-        return [(names, row["median_ms"] if "median_ms" in row and said in " ".join(row["told"]) else None) for row in rows]
+        return [(names, row["median_ms"] if row.get("median_ms") and said in " ".join(row["told"]) else None) for row in rows]
     return find
 
 

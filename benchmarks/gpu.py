@@ -7,11 +7,12 @@ The file is written after every row, so nothing is lost by an interrupt. It hold
 """
 import sys
 import time
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+MOST_READ = 200     # characters of a file that is there already
 STARTED = time.monotonic()
 from benchmarks import kernels  # noqa: I001 - sets Triton up before anything imports it
 from testbed import inprocess
@@ -19,12 +20,12 @@ from testbed import inprocess
 inprocess.start(cpu=not kernels.GPU)
 from benchmarks import _gpu_blocks, _gpu_kernels, _gpu_machine, _gpu_model
 from benchmarks._gpu_meter import GpuMeter
-from benchmarks._gpu_record import FAILURES, Bench, Record, reason
+from benchmarks._gpu_record import FAILURES, Bench, NotWritten, Record, reason
 from benchmarks._gpu_subjects import Subject, flux, z_image
 from benchmarks._gpu_verdict import line, verdicts
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu.json"
-MINUTES = 7.75
+MINUTES, MOST_MINUTES = 7.75, 24 * 60.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Section:
 
 
 SECTIONS = (
-    Section("machine", 15, _gpu_machine.run, "the machine"),
+    Section("facts", 15, _gpu_machine.run, "the machine"),
     Section("kernels", 90, _gpu_kernels.run, "each kernel against its floor, the host and comfy_kitchen"),
     Section("products", 30, _gpu_kernels.run_products, "matrix products"),
     Section("blocks", 120, _gpu_blocks.run, "a block of FLUX.1 and of Z-Image"),
@@ -85,23 +86,42 @@ def measure(bench: Bench, began: float, minutes: float = MINUTES) -> None:
     bench.record.set(finished=True)
 
 
+def minutes_of(text: str) -> float:
+    minutes = float(text)
+    if not 0 < minutes <= MOST_MINUTES:
+        raise ArgumentTypeError(f"{text} came; more than 0 and at most {MOST_MINUTES:g} was expected")
+    return minutes
+
+
+def result_file(text: str) -> Path:
+    """A file that is not there, or an earlier result."""
+    try:
+        file = Path(text).expanduser().resolve()
+    except RuntimeError as error:
+        raise ArgumentTypeError(f"'{text}': {error}".rstrip(".")) from None
+    if file.is_dir():
+        raise ArgumentTypeError(f"'{text}' is a folder; name a file in it")
+    if file.exists() and f'"{_gpu_machine.NAME}"' not in file.read_text(encoding="utf-8", errors="replace")[:MOST_READ]:
+        raise ArgumentTypeError(f"'{text}' is there and is no result of this benchmark; name another file")
+    return file
+
+
 def main(arguments: Sequence[str] = ()) -> int:
     parser = ArgumentParser(prog="dev.py bench gpu", description="What Reprise does on this GPU, in under eight minutes.")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="file for the result")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="time for all of it; what does not fit is named in the file")
+    parser.add_argument("--out", type=result_file, default=RESULTS, help="file for the result")
+    parser.add_argument("--minutes", type=minutes_of, default=MINUTES, help="time for all of it; what does not fit is named in the file")
     options = parser.parse_args(arguments)
     if not kernels.GPU:
         print("There is no GPU that torch can use here, or REPRISE_CPU is set, and this benchmark measures nothing else. Nothing was written.")
         return 1
-    record = Record(options.out.expanduser().resolve(), _gpu_machine.program(), verdicts)
+    record = Record(options.out, _gpu_machine.program(), verdicts)
     try:
-        record.write()
-    except OSError as error:
-        print(f"{record.file} cannot be written ({error.strerror}); name another file with --out")
-        return 1
-    bench = Bench(record, GpuMeter(), Sizes())
-    try:
+        record.write()      # before minutes go by
+        bench = Bench(record, GpuMeter(), Sizes())
         measure(bench, STARTED, options.minutes)
+    except NotWritten as error:
+        print(error)
+        return 1
     except KeyboardInterrupt:
         print(f"\ninterrupted; what was measured is in {record.file}")
         return 130

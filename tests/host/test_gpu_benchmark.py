@@ -1,4 +1,5 @@
 """The benchmark for GPUs, run whole on the CPU at tiny sizes: nothing is lost, no time is overrun, no one is named."""
+import errno
 import getpass
 import json
 from dataclasses import replace
@@ -9,8 +10,9 @@ import torch
 from gpu_bench import FLUX, TINY, Clock, FakeMeter, begun, quick_kernels, tiny_bench, written
 
 from benchmarks import _gpu_blocks, _gpu_machine, _gpu_model, gpu, kernels
-from benchmarks._gpu_record import OUT_OF_MEMORY, scrubbed
+from benchmarks._gpu_record import OUT_OF_MEMORY, Record, scrubbed
 from benchmarks._gpu_subjects import INT8
+from benchmarks._gpu_verdict import verdicts
 
 
 @pytest.fixture
@@ -72,6 +74,51 @@ def test_a_section_that_breaks_does_not_take_the_others_with_it(bench, monkeypat
     assert "launch failure" in content["first"][0]["failed"] and content["second"] == [{"n": 1, "ms": 1.0}] and content["finished"]
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no driver"), MemoryError(), ZeroDivisionError("division by zero"), EOFError("cut")], ids=repr)
+def test_facts_that_cannot_be_had_cost_neither_the_card_nor_the_rest(bench, monkeypatch, error):
+    monkeypatch.setattr(_gpu_machine, "facts", lambda device: fails(error)(None))
+    ended = lambda bench: bench.row({"n": 1}, lambda: {"ms": 1.0}, str)
+    monkeypatch.setattr(gpu, "SECTIONS", (gpu.SECTIONS[0], section("second", ended)))
+    gpu.measure(bench, 0.0)
+    content = written(bench)
+    assert "failed" in content["facts"][0] and content["second"] == [{"n": 1, "ms": 1.0}] and content["finished"] and content["machine"] == {"gpu": ""}
+
+
+def test_a_disk_that_fills_up_ends_it_in_a_sentence_and_leaves_what_was_there(tmp_path, capsys, monkeypatch):
+    def full(self, text, **given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def measured(bench, *_):
+        bench.record.add("first", {"n": 1})
+        monkeypatch.setattr(Path, "write_text", full)
+        bench.row({"n": 2}, lambda: {}, str)
+
+    monkeypatch.setattr(kernels, "GPU", True)
+    monkeypatch.setattr(gpu, "GpuMeter", lambda: FakeMeter(Clock()))
+    monkeypatch.setattr(gpu, "measure", measured)
+    file = tmp_path / "x.json"
+    assert gpu.main(["--out", str(file)]) == 1
+    assert "No space left on device" in capsys.readouterr().out and json.loads(file.read_text())["first"] == [{"n": 1}] and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--minutes", "nan"], "nan came"), (["--minutes", "inf"], "inf came"), (["--minutes", "0"], "0 came"), (["--minutes=-3"], "-3 came"),
+    (["--minutes", "x"], "invalid"), (["--out", ""], "is a folder"), (["--out", "{}"], "is a folder"), (["--out", "{}/notes.txt"], "no result of this"),
+    (["--out", "~of-nobody/x"], "'~of-nobody/x'")])
+def test_wrong_arguments_are_told_before_anything_is_written(arguments, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kernels, "GPU", True)
+    monkeypatch.setattr(gpu, "measure", lambda *_: pytest.fail("measured"))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        gpu.main([argument.format(tmp_path) for argument in arguments])
+    assert said in capsys.readouterr().err and [file.name for file in tmp_path.iterdir()] == ["notes.txt"] and (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_an_earlier_result_is_written_anew(tmp_path):
+    Record(tmp_path / "x.json", _gpu_machine.program(), verdicts).write()
+    assert gpu.result_file(str(tmp_path / "x.json")) == (tmp_path / "x.json").resolve()
+
+
 def test_what_a_section_leaves_of_its_time_goes_to_the_next(bench, monkeypatch):
     ends = []
     note = lambda bench: ends.append(bench.until)
@@ -83,7 +130,7 @@ def test_what_a_section_leaves_of_its_time_goes_to_the_next(bench, monkeypatch):
 
 def test_the_file_says_what_it_is_of_and_nothing_of_who_made_it(bench, monkeypatch):
     quick_kernels(monkeypatch)
-    for name in ("kernels", "products", "machine"):
+    for name in ("kernels", "products", "facts"):
         run = next(each.run for each in gpu.SECTIONS if each.name == name)
         run(begun(bench, name))
     content, text = written(bench), bench.record.file.read_text(encoding="utf-8")
@@ -120,7 +167,7 @@ def test_the_command_ends_with_the_file_and_the_verdicts(tmp_path, capsys, monke
     assert gpu.main(["--out", str(file), "--minutes", "600"]) == 0
     content, said = json.loads(file.read_text(encoding="utf-8")), capsys.readouterr().out
     assert content["finished"] and set(content["seconds"]) == {each.name for each in gpu.SECTIONS}
-    assert all(content[each.name] for each in gpu.SECTIONS) and content["copy_tb_per_s"] == 2.0
+    assert content["machine"] and all(content[each.name] for each in gpu.SECTIONS if each.name != "facts") and content["copy_tb_per_s"] == 2.0
     assert len(content["verdicts"]) == 7 and "NOT MEASURED" in said and str(file) in said
 
 

@@ -73,6 +73,7 @@ def test_every_way_to_multiply_has_a_row(bench):
     rows = written(bench)["products"]
     assert {row["way"] for row in rows} == set(_gpu_kernels.WAYS) and {row["shape"] for row in rows} == {"48 x 256 x 64"}
     assert all(row["tops"] == round(2 * 48 * 64 * 256 / 10 / 1e6, 1) for row in rows), [row for row in rows if "failed" in row]
+    assert {row["way"] for row in rows if row["of_sums"] == 1.0} == {name for name in _gpu_kernels.WAYS if "int8" in name}
 
 
 # the clock of a GPU ----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from gpu_bench import CPU, FLUX, GIB, TINY, Z_IMAGE, begun, tiny_bench, written
 
 from benchmarks import _gpu_blocks, _gpu_model, _gpu_nodes
 from benchmarks._gpu_record import OUT_OF_MEMORY
-from benchmarks._gpu_sampling import sampled
+from benchmarks._gpu_sampling import Sampled, sampled
 from benchmarks._gpu_subjects import BF16, FORMATS, FP8, INT8, Q4_K, flux, load, weights, z_image
 
 
@@ -98,6 +98,18 @@ def test_the_model_is_sampled_in_every_format_and_with_every_node(bench):
     plain, aside = rows[INT8, _gpu_nodes.PLAIN], rows[INT8, _gpu_nodes.MODULATION]
     assert plain["ms_per_step"] == plain["median_ms"] == 2 * 2.0 + 2 * 1.0 + 7.0
     assert any("stayed off the GPU" in line for line in aside["told"]) and any("Step Cache" in line for line in rows[INT8, _gpu_nodes.STEP]["told"])
+
+
+def test_nodes_are_warm_when_they_are_timed(bench, monkeypatch):
+    """Step Cache is off in short runs and Attention Backend in their first and last steps, so that would be timed which no run before it compiled."""
+    runs = []
+    monkeypatch.setattr(_gpu_model, "sampled", lambda bench, model, subject, tokens, steps: runs.append(steps) or Sampled([5.0] + [1.0] * (steps - 1), True))
+    monkeypatch.setattr(_gpu_model, "BYTES", {INT8: 14.2})
+    bench.sizes = replace(TINY, steps=12)
+    _gpu_model.run(begun(bench, "model"))
+    rows = written(bench)["model"]
+    assert [warm for warm in runs[::2]] == [12 if _gpu_nodes.STEP in row["nodes"] else 3 for row in rows] and set(runs[1::2]) == {12}
+    assert [row["median_ms"] for row in rows] == [None if _gpu_nodes.STEP in row["nodes"] else 1.0 for row in rows]
 
 
 @pytest.mark.parametrize("broken", [False, True], ids=["all is well", "no memory in every row"])
