@@ -19,9 +19,10 @@ from testbed import inprocess
 inprocess.start(cpu=not kernels.GPU)
 from benchmarks import _gpu_blocks, _gpu_kernels, _gpu_machine, _gpu_model
 from benchmarks._gpu_meter import GpuMeter
-from benchmarks._gpu_record import FAILURES, Bench, Record, reason
+from benchmarks._gpu_record import Bench, Record, reason
 from benchmarks._gpu_subjects import Subject, flux, z_image
 from benchmarks._gpu_verdict import line, verdicts
+from pack.kernels._triton import FAILURES
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu.json"
 MINUTES = 7.75
@@ -76,7 +77,7 @@ def measure(bench: Bench, began: float, minutes: float = MINUTES) -> None:
         except KeyboardInterrupt:
             bench.record.set(stopped=f"interrupted in the section '{section.name}'")
             raise
-        except tuple(FAILURES) as error:    # between rows: such as a GPU that went away
+        except FAILURES as error:    # between rows: such as a GPU that went away
             bench.record.add(section.name, {"failed": reason(error)})
             bench.say(f"  this section ended: {reason(error)}")
         finally:

@@ -10,14 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._op import operator
-from ._triton import HAS_TRITON, architecture, tl, triton
+from ._triton import FLOATS, TensorDescriptor, architecture, tl, triton
 from .int8_tiles import tile
 from .spec import VALUES, Case, Kernel, Limits
-
-if HAS_TRITON:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def int8_linear(
