@@ -83,8 +83,8 @@ def multiplier(scale: Tensor, one_plus: bool) -> Tensor:
 
 
 def quantized(y: Tensor, rotation: bool) -> tuple[Tensor, Tensor]:
-    """y: [..., C] in fp32."""
-    y = rotated(y) if rotation else y
+    """y: [..., C] in fp32. Codes and scales are contiguous, as is announced of them, however y lies in memory."""
+    y = (rotated(y) if rotation else y).contiguous()
     scales = row_scales(y)
     return coded(y, scales), scales
 
