@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._gelu import gelu_tanh
 from ._op import operator
 from ._triton import FLOATS, TensorDescriptor, architecture, tl, triton
 from .int8_tiles import tile
-from .spec import VALUES, Case, Kernel, Limits
+from .spec import VALUES, Case, Kernel, Limits, nbytes
 
 AT_ONCE = 1 << 22       # numbers of a result that torch computes at once, in int32 and again in fp32
 
@@ -27,6 +28,9 @@ def int8_linear(
 
     bias: [N]. gelu: the one with tanh. residual: [..., N], and gate: [B, 1, N] or [N], with which y is multiplied; B is the first side of x.
     Returns [..., N] in `out_dtype`. Sums are exact, all else is in fp32 and rounded once.
+
+    The pack's nodes ask for no gelu, gate or residual: they stand between two products, where `activate_int8` and the residual
+    kernels leave codes. Here they are for a product after which 16 bits are wanted.
     """
     K, N = x.shape[-1], weight.shape[0]
     rows = x.numel() // max(K, 1)
@@ -132,8 +136,7 @@ def _int8_linear_kernel(
     if bias is not None:
         b_y += tl.load(bias + at_column, mask=in_column, other=0.0).to(tl.float32)[None, :]
     if GELU:
-        b_u = 1.5957691216057308 * (b_y + 0.044715 * b_y * b_y * b_y)       # 1 + tanh(u / 2) = 2 / (1 + exp(-u))
-        b_y = b_y / (1.0 + tl.exp2(-1.4426950408889634 * b_u))
+        b_y = gelu_tanh(b_y)
     at = at_row[:, None] * N + at_column[None, :]
     inside = in_row[:, None] & in_column[None, :]
     if gate is not None:
@@ -188,7 +191,7 @@ def inputs(shape, K: int, bias: bool = True, gelu: bool = False, gates: int = 0,
 
 
 def traffic(gelu: bool, out_dtype: torch.dtype, **tensors) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values() if tensor is not None) + len(tensors["x"]) * len(tensors["weight"]) * out_dtype.itemsize
+    return nbytes(*tensors.values()) + len(tensors["x"]) * len(tensors["weight"]) * out_dtype.itemsize
 
 
 INT8_LINEAR = Kernel(
