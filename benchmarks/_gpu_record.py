@@ -6,7 +6,6 @@ import gc
 import json
 import os
 import re
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,12 +20,7 @@ PATH = re.compile(r"(?<![\w.])(?:[A-Za-z]:|~)?[\\/][^\s'\",;:)]+")    # of the f
 MOST_TOLD = 300     # characters of an error
 SAY = partial(print, flush=True)
 OUT_OF_MEMORY = "out of memory"
-FAILURES = [RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, MemoryError, EOFError, OSError, ImportError,
-            subprocess.SubprocessError]
-if _triton.HAS_TRITON:
-    from triton.errors import TritonError
-
-    FAILURES.append(TritonError)
+FAILURES = (*_triton.FAILURES, ArithmeticError, MemoryError, EOFError)      # of a row: the next one goes on
 
 
 def scrubbed(value):
@@ -100,7 +94,7 @@ class Bench:
         try:
             with torch.inference_mode():
                 result = work()
-        except tuple(FAILURES) as error:
+        except FAILURES as error:
             failed = reason(error)
         if failed:      # here nothing holds what the failure held any more
             result = None

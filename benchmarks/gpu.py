@@ -77,7 +77,7 @@ def measure(bench: Bench, began: float, minutes: float = MINUTES) -> None:
         except KeyboardInterrupt:
             bench.record.set(stopped=f"interrupted in the section '{section.name}'")
             raise
-        except tuple(FAILURES) as error:    # between rows: such as a GPU that went away
+        except FAILURES as error:    # between rows: such as a GPU that went away
             bench.record.add(section.name, {"failed": reason(error)})
             bench.say(f"  this section ended: {reason(error)}")
         finally:

@@ -1,6 +1,7 @@
 """Kernels as torch operators, `torch.ops.reprise.<name>`: what torch.compile calls without looking inside.
 
-A reference is plain torch and serves every device. On CUDA the operator decides, each time, whether Triton takes the arguments.
+A reference is plain torch and serves every device. On what torch calls "cuda", AMD's GPUs too, the operator decides, each time,
+whether Triton takes the arguments; `usable` says no for AMD's.
 """
 import inspect
 from collections.abc import Callable

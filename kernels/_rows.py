@@ -7,9 +7,8 @@ from torch import Tensor
 
 from ._hadamard import GROUP, places, rotate, rotated
 from ._int8 import coded, magnitude, nearest, row_scales, scale_of
-from ._triton import tl, triton
+from ._triton import FLOATS, tl, triton
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 LONGEST = 1 << 15       # channels of a row that one program holds
 WIDEST = 1 << 13        # of a piece of one: 1024 threads
 
@@ -83,8 +82,8 @@ def multiplier(scale: Tensor, one_plus: bool) -> Tensor:
 
 
 def quantized(y: Tensor, rotation: bool) -> tuple[Tensor, Tensor]:
-    """y: [..., C] in fp32."""
-    y = rotated(y) if rotation else y
+    """y: [..., C] in fp32. Codes and scales are contiguous, as is announced of them, however y lies in memory."""
+    y = (rotated(y) if rotation else y).contiguous()
     scales = row_scales(y)
     return coded(y, scales), scales
 
@@ -209,11 +208,6 @@ def chunks(shape, count: int, *, dtype, device) -> tuple[Tensor, ...]:
     """[B, 1, C] each, as a modulation layer gives them: parts of one tensor."""
     batch, _, channels = shape
     return (0.3 * torch.randn((batch, 1, count * channels), device=device)).to(dtype).chunk(count, -1)
-
-
-def whole(*tensors: Tensor | None) -> int:
-    """Bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
 def coded_bytes(tokens: Tensor, channels: int) -> int:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from . import _rows
+from ._gelu import gelu_tanh
 from ._op import operator
-from ._rows import activations, pieces, store_codes, whole
+from ._rows import activations, pieces, store_codes
 from ._triton import tl, triton
-from .spec import CODES, SCALES, Case, Kernel, Limits
+from .spec import CODES, SCALES, Case, Kernel, Limits, nbytes
 
 
 def activate_int8(a: Tensor, b: Tensor | None = None, attention: Tensor | None = None, *, rotation: bool) -> tuple[Tensor, Tensor]:
@@ -42,12 +43,6 @@ def reference(a: Tensor, b: Tensor | None, attention: Tensor | None, rotation: b
 
 # Triton ----------------------------------------------------------------------------------------------------------------
 @triton.jit
-def gelu(b_a):
-    """a (1 + tanh u) / 2 = a / (1 + exp(-2u)),  u = sqrt(2 / pi) (a + 0.044715 a^3)."""
-    return b_a / (1.0 + tl.exp2(b_a * (-2.302208198 - 0.1029432397 * b_a * b_a)))     # times log2 e, as exp2 is the one that GPUs have
-
-
-@triton.jit
 def silu(b_a):
     return b_a / (1.0 + tl.exp2(-1.4426950408889634 * b_a))
 
@@ -75,7 +70,7 @@ def _activate_kernel(
             own = own & (at >= attention_channels)
         b_y = tl.load(a + at, mask=own, other=0.0).to(tl.float32)
         if b is None:
-            b_y = gelu(b_y)
+            b_y = gelu_tanh(b_y)
         else:
             b_y = silu(b_y) * tl.load(b + at, mask=own, other=0.0).to(tl.float32)
         if attention is not None:
@@ -117,7 +112,7 @@ def inputs(shape, rotation: bool, gated: bool = False, attention: int = 0, *, dt
 
 
 def traffic(a, b, attention, rotation) -> int:
-    return whole(a, b, attention) + _rows.coded_bytes(a, width(a, attention))
+    return nbytes(a, b, attention) + _rows.coded_bytes(a, width(a, attention))
 
 
 ACTIVATE_INT8 = Kernel(

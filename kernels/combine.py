@@ -8,13 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton, usable
+from ._triton import FLOATS, tl, triton, usable
 from .drift import FLOOR, relative_error, sampled, size, stride
-from .spec import Case, Kernel
+from .spec import Case, Kernel, nbytes
 
 MOST = 8            # snapshots that the kernel takes
 BLOCK, WARPS = 1024, 4
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 FP8 = torch.float8_e4m3fn
 
 
@@ -36,7 +35,10 @@ def combine(
 
 
 def combine_error(weights: Sequence[float], snapshots: Sequence[Tensor], actual: Tensor) -> Tensor:
-    """The drift from `actual` of what `combine` would return in its type, without making that. 0-d fp32 on the device."""
+    """The drift from `actual` of what `combine` would return in its type, without making that. 0-d fp32 on the device.
+
+    `combine_errors` for one sum; the pack's policies compare several.
+    """
     (error,) = combine_errors([(weights, snapshots)], actual)
     return error
 
@@ -239,18 +241,14 @@ def error_inputs(shape, K: int, fp8: bool = False, *, dtype, device) -> dict:
     return {"weights": given["weights"], "snapshots": given["snapshots"], "actual": given["against"]}
 
 
-def whole(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def sample(tensor: Tensor) -> int:
     """Bytes read to see a sample: memory moves at least 32 at a time."""
     elements = tensor.numel()
-    return min(whole(tensor), 32 * len(range(0, elements, stride(elements))))
+    return min(nbytes(tensor), 32 * len(range(0, elements, stride(elements))))
 
 
 def traffic(weights, snapshots, anchor=None, out_dtype=None, against=None) -> int:
-    moved = sum(whole(tensor) for tensor in (*snapshots, anchor) if tensor is not None)
+    moved = nbytes(*snapshots, anchor)
     return moved + snapshots[0].numel() * (out_dtype or snapshots[0].dtype).itemsize + (0 if against is None else sample(against))
 
 

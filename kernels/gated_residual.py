@@ -5,14 +5,13 @@
 
 y is what attention's or the mlp's last product gave. In the host the tokens go ten and a half times through memory here, in this three and a half.
 """
-import torch
 from torch import Tensor
 
-from . import _rows
+from . import _residual, _rows
 from ._op import operator
-from ._rows import activations, batch_stride, chunks, layer_normed, load_row, pieces, plus_row, rounded_row, store_codes, store_row, times_row, whole
+from ._rows import activations, chunks, layer_normed, load_row, plus_row, rounded_row, store_codes, store_row, times_row
 from ._triton import tl, triton
-from .spec import CODES, SCALES, VALUES, Case, Kernel, Limits
+from .spec import CODES, SCALES, VALUES, Case, Kernel, Limits, nbytes
 
 
 def gated_residual_int8(
@@ -20,14 +19,12 @@ def gated_residual_int8(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, y: [B, N, C]; gate, scale, shift: [B or 1, 1, C]; all of one type. With `rotation` C is a multiple of 256.
 
-    one_plus: the 1 is still to be added to the scale.
+    one_plus: as `modulate` has it.
 
     Returns r [B, N, C] in the type of x, codes, int8 [B, N, C], and scales, fp32 [B, N, 1].
     What overflows fp16 is left infinite, as the sum itself leaves it.
     """
-    if y.shape != x.shape or y.dtype is not x.dtype:
-        raise ValueError(f"x {tuple(x.shape)} in {x.dtype} came with y {tuple(y.shape)} in {y.dtype}; pass two of one shape and type")
-    _rows.checked(x, {"gate": gate, "scale": scale, "shift": shift}, rotation)
+    _residual.checked(x, y, {"gate": gate, "scale": scale, "shift": shift}, rotation)
     return OP(x, y, gate, scale, shift, rotation, eps, one_plus)
 
 
@@ -60,14 +57,7 @@ def _gated_residual_kernel(
 
 
 def fused(x, y, gate, scale, shift, rotation: bool, eps: float, one_plus: bool) -> tuple[Tensor, Tensor, Tensor]:
-    residual, codes, scales = fake(x, y, gate, scale, shift, rotation, eps, one_plus)
-    batch, tokens, channels = x.shape
-    with torch.cuda.device_of(x):
-        _gated_residual_kernel[(tokens, batch)](
-            x, y, gate, scale, shift, residual, codes, scales, channels, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
-            batch_stride(gate), batch_stride(scale), batch_stride(shift), eps,
-            ONE_PLUS=int(one_plus), ROTATION=rotation, **pieces(channels, x.element_size()))
-    return residual, codes, scales
+    return _residual.launched(_gated_residual_kernel, x, y, gate, scale, shift, rotation=rotation, eps=eps, one_plus=one_plus)
 
 
 def fits(x, y, gate, scale, shift, **_) -> bool:
@@ -75,7 +65,7 @@ def fits(x, y, gate, scale, shift, **_) -> bool:
 
 
 def fake(x, y, gate, scale, shift, rotation, eps, one_plus) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), *_rows.codes_like(x, x.shape[-1])
+    return _residual.results(x)
 
 
 OP = operator("gated_residual_int8", reference, fused, fake, fits)
@@ -89,7 +79,7 @@ def inputs(shape, rotation: bool, one_plus: bool = True, *, dtype, device) -> di
 
 
 def traffic(x, y, gate, scale, shift, rotation, eps, one_plus) -> int:
-    return 2 * whole(x) + whole(y, gate, scale, shift) + _rows.coded_bytes(x, x.shape[-1])
+    return 2 * nbytes(x) + nbytes(y, gate, scale, shift) + _rows.coded_bytes(x, x.shape[-1])
 
 
 GATED_RESIDUAL_INT8 = Kernel(

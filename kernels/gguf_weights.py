@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from ._hadamard import GROUP, places, rotate, rotated
-from ._int8 import code, coded, row_scales
+from ._int8 import code, coded, magnitude, row_scales, scale_of
 from ._op import operator
-from ._triton import tl, triton
+from ._triton import FLOATS, tl, triton
 from .gguf import BLOCKS, UNIT, block_format
 from .spec import CODES, SCALES, VALUES, Case, Kernel, Limits
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 TILE, WARPS = 1024, 4       # weights of a program, whole groups of the rotation
 
 
@@ -111,17 +110,18 @@ def _codes_kernel(packed, scales, codes, columns, READ: tl.constexpr, BYTES: tl.
 @triton.jit
 def _scales_kernel(packed, scales, columns, READ: tl.constexpr, BYTES: tl.constexpr, UNITS: tl.constexpr, ROTATION: tl.constexpr, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    b_most = tl.zeros((TILE,), tl.float32)
+    b_most = tl.zeros((TILE,), tl.int32)
     for first in range(0, columns, TILE):
         b_w = _weights(packed, row, first, columns, READ, BYTES, UNITS, TILE)
         if ROTATION:
             b_w = rotate(b_w, TILE)
-        b_most = tl.maximum(b_most, tl.abs(b_w))
-    tl.store(scales + row, tl.maximum(tl.max(b_most, 0) / 127.0, 1e-30))
+        b_most = tl.maximum(b_most, magnitude(b_w))
+    tl.store(scales + row, scale_of(b_most))
 
 
 def fits(packed: Tensor, block: str, **others) -> bool:
-    return BLOCKS[block].read is not None and packed.is_contiguous() and packed.numel() > 0
+    """Whether a kernel takes these blocks. All that have one have even sizes, so that each fp16 number lies on 2 bytes where the first block does."""
+    return BLOCKS[block].read is not None and packed.is_contiguous() and packed.numel() > 0 and packed.data_ptr() % 2 == 0
 
 
 def launch(kernel, packed: Tensor, block: str, *arguments, tiled: bool, **flags) -> None:

@@ -5,19 +5,19 @@ needs no pass of its own. comfy_kitchen's CUDA `int8_linear` takes activations i
 where it is there and nothing is fused. Its backend is off with torch builds for CUDA 12, and this kernel is the one int8 product then.
 Tiles are read through tensor descriptors: written with pointers, the same loop needs 560 bytes of stack per thread on sm_89.
 """
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._gelu import gelu_tanh
 from ._op import operator
-from ._triton import HAS_TRITON, architecture, tl, triton
+from ._triton import FLOATS, TensorDescriptor, architecture, tl, triton
 from .int8_tiles import tile
-from .spec import VALUES, Case, Kernel, Limits
+from .spec import VALUES, Case, Kernel, Limits, nbytes
 
-if HAS_TRITON:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+AT_ONCE = 1 << 22       # numbers of a result that torch computes at once, in int32 and again in fp32
 
 
 def int8_linear(
@@ -28,6 +28,9 @@ def int8_linear(
 
     bias: [N]. gelu: the one with tanh. residual: [..., N], and gate: [B, 1, N] or [N], with which y is multiplied; B is the first side of x.
     Returns [..., N] in `out_dtype`. Sums are exact, all else is in fp32 and rounded once.
+
+    The pack's nodes ask for no gelu, gate or residual: they stand between two products, where `activate_int8` and the residual
+    kernels leave codes. Here they are for a product after which 16 bits are wanted.
     """
     K, N = x.shape[-1], weight.shape[0]
     rows = x.numel() // max(K, 1)
@@ -48,29 +51,52 @@ def reference(
     x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, gate: Tensor | None, residual: Tensor | None,
     gelu: bool, out_dtype: torch.dtype,
 ) -> Tensor:
-    """x: [M, K], x_scales: [M], weight: [N, K], weight_scales: [N], bias: [N], gate: [B, N], residual: [M, N]. Returns [M, N]."""
-    y = product(x, weight).float() * x_scales.unsqueeze(1) * weight_scales
-    if bias is not None:
-        y += bias.float()
-    if gelu:
-        y = F.gelu(y, approximate="tanh")
-    if gate is not None:
-        y = (y.view(len(gate), -1, y.shape[1]) * gate.float().unsqueeze(1)).view(y.shape)
-    if residual is not None:
-        y += residual.float()
-    return y.to(out_dtype)
+    """x: [M, K], x_scales: [M], weight: [N, K], weight_scales: [N], bias: [N], gate: [B, N], residual: [M, N]. Returns [M, N].
+
+    A few rows at a time, so that what it takes beside the result is bounded.
+    """
+    out = fake(x, x_scales, weight, weight_scales, bias, gate, residual, gelu, out_dtype)
+    N, gates = len(weight), 1 if gate is None else len(gate)
+    if x.device.type == "cuda":
+        weight = rounded_up(weight, 8)
+    for rows, number in parts(len(x), N, gates):
+        y = product(x[rows], weight)[:, :N].float()
+        y *= x_scales[rows].unsqueeze(1)
+        y *= weight_scales
+        if bias is not None:
+            y += bias.float()
+        if gelu:
+            y = F.gelu(y, approximate="tanh")
+        if gate is not None:
+            y *= gate[number].float()
+        if residual is not None:
+            y += residual[rows].float()
+        out[rows] = y
+    return out
+
+
+def parts(M: int, N: int, gates: int) -> Iterator[tuple[slice, int]]:
+    """A few of M rows at a time, which have one gate in common, and the number of that."""
+    few, per_gate = max(32, AT_ONCE // max(N, 1)), M // gates
+    for number in range(gates):
+        for row in range(0, per_gate, few):
+            yield slice(number * per_gate + row, number * per_gate + min(row + few, per_gate)), number
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x w^T, exact, in int32. torch has an int8 product for CPU and CUDA, where it wants some sides rounded up."""
+    """x w^T, exact, in int32. On CUDA for a weight that `rounded_up` has been at: torch has an int8 product for it that wants such sides."""
     if x.device.type == "cpu":
         return torch._int_mm(x, weight.T)
     if x.device.type == "cuda":
-        M, K, N = *x.shape, len(weight)
-        x, weight = F.pad(x, (0, -K % 8, 0, max(32, M) - M)), F.pad(weight, (0, -K % 8, 0, -N % 8))
-        return torch._int_mm(x, weight.T)[:M, :N]
+        return torch._int_mm(rounded_up(x, 1 if len(x) > 16 else 32), weight.T)[:len(x)]
     few = zip(x.split(1024, 1), weight.split(1024, 1), strict=True)      # sums that fp32 holds exactly
     return sum((a.float() @ b.float().T).int() for a, b in few)
+
+
+def rounded_up(codes: Tensor, rows: int) -> Tensor:
+    """With zeros, until there are whole eights of channels and whole `rows`; where there are, `codes` itself and no copy."""
+    channels, below = -codes.shape[1] % 8, -codes.shape[0] % rows
+    return F.pad(codes, (0, channels, 0, below)) if channels or below else codes
 
 
 def fake(x, x_scales, weight, weight_scales, bias, gate, residual, gelu, out_dtype):
@@ -110,8 +136,7 @@ def _int8_linear_kernel(
     if bias is not None:
         b_y += tl.load(bias + at_column, mask=in_column, other=0.0).to(tl.float32)[None, :]
     if GELU:
-        b_u = 1.5957691216057308 * (b_y + 0.044715 * b_y * b_y * b_y)       # 1 + tanh(u / 2) = 2 / (1 + exp(-u))
-        b_y = b_y / (1.0 + tl.exp2(-1.4426950408889634 * b_u))
+        b_y = gelu_tanh(b_y)
     at = at_row[:, None] * N + at_column[None, :]
     inside = in_row[:, None] & in_column[None, :]
     if gate is not None:
@@ -166,7 +191,7 @@ def inputs(shape, K: int, bias: bool = True, gelu: bool = False, gates: int = 0,
 
 
 def traffic(gelu: bool, out_dtype: torch.dtype, **tensors) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values() if tensor is not None) + len(tensors["x"]) * len(tensors["weight"]) * out_dtype.itemsize
+    return nbytes(*tensors.values()) + len(tensors["x"]) * len(tensors["weight"]) * out_dtype.itemsize
 
 
 INT8_LINEAR = Kernel(

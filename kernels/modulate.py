@@ -11,9 +11,9 @@ from torch import Tensor
 
 from . import _rows
 from ._op import operator
-from ._rows import activations, batch_stride, chunks, layer_normed, load_row, pieces, plus_row, rms_normed, store_codes, store_row, times_row, whole
+from ._rows import activations, batch_stride, chunks, layer_normed, load_row, pieces, plus_row, rms_normed, store_codes, store_row, times_row
 from ._triton import tl, triton
-from .spec import CODES, SCALES, Case, Kernel, Limits
+from .spec import CODES, SCALES, Case, Kernel, Limits, nbytes
 
 
 def modulate(
@@ -22,7 +22,7 @@ def modulate(
 ) -> Tensor:
     """x: [B, N, C]; scale, shift: [B or 1, 1, C]; weight: [C]. Returns y [B, N, C] in the type of x, contiguous.
 
-    one_plus: the 1 is still to be added to the scale; the host has done so where it multiplies.
+    one_plus: the 1 is still to be added to the scale. The pack passes False, as the host has added it where it multiplies.
 
     comfy_kitchen's `adaln` and `rms_adaln` do this too, but for the weight; call them where their CUDA backend works.
     """
@@ -142,11 +142,11 @@ def int8_inputs(shape, rotation: bool, *, dtype, device, **sizes) -> dict:
 
 
 def traffic(x, scale, shift, weight, rms, eps, one_plus) -> int:
-    return 2 * whole(x) + whole(scale, shift, weight)
+    return 2 * nbytes(x) + nbytes(scale, shift, weight)
 
 
 def int8_traffic(x, scale, shift, weight, rotation, rms, eps, one_plus) -> int:
-    return whole(x, scale, shift, weight) + _rows.coded_bytes(x, x.shape[-1])
+    return nbytes(x, scale, shift, weight) + _rows.coded_bytes(x, x.shape[-1])
 
 
 MODULATE = Kernel(

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ._op import operator
-from ._rows import FLOATS, batch_stride, whole
-from ._triton import tl, triton
-from .spec import Case, Kernel, Limits
+from ._rows import batch_stride
+from ._triton import FLOATS, tl, triton
+from .spec import Case, Kernel, Limits, nbytes
 
 AT_ONCE = 8     # heads of a token that one program takes
 MOST = 256                  # channels of a head
@@ -29,6 +29,9 @@ def qkv_rope(
     q_weights, k_weights: [D], of each stream. positions: the host's table, fp32 [B or 1, 1, N, D/2, 2, 2] or [B or 1, N, 1, D/2, 2, 2],
     N all tokens. eps: None is what torch's RMS norm takes for None, FLUX's case.
     Returns q [B, heads, N, D] and k, v [B, kv_heads, N, D], views of one tensor; without v, which attention may read where it is, q and k.
+
+    The pack fuses FLUX's heads, as many of k as of q, and leaves v where it is. kv_heads is for models with fewer of k, with_v for an
+    attention that wants all three side by side.
     """
     kv_heads = heads if kv_heads is None else kv_heads
     packed = heads + 2 * kv_heads
@@ -175,9 +178,9 @@ def inputs(shape, heads: int, kv_heads: int | None = None, text: int = 0, beside
 
 
 def traffic(products, q_weights, k_weights, table, heads, kv_heads, eps, with_v) -> int:
-    moved = 2 * whole(*products)
+    moved = 2 * nbytes(*products)
     unmoved = 0 if with_v else moved * kv_heads // (heads + 2 * kv_heads)
-    return moved - unmoved + whole(*q_weights, *k_weights, table)
+    return moved - unmoved + nbytes(*q_weights, *k_weights, table)
 
 
 QKV_ROPE = Kernel(

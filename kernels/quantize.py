@@ -8,8 +8,9 @@ its `int8_linear` does both at once and is called instead; that backend is off w
 import torch
 from torch import Tensor
 
+from . import _rows
 from ._op import operator
-from ._rows import FLOATS, LONGEST, codes_like, load_row, pieces, quantized, store_codes, whole_groups
+from ._rows import codes_like, load_row, pieces, quantized, store_codes, whole_groups
 from ._triton import tl, triton
 from .spec import CODES, SCALES, Case, Kernel, Limits
 
@@ -37,11 +38,11 @@ def _quantize_kernel(x, codes, scales, channels, ROTATION: tl.constexpr, PIECES:
 
 
 def fits(x: Tensor, rotation: bool) -> bool:
-    return x.dtype in FLOATS and x.is_contiguous() and x.numel() > 0 and x.shape[-1] * max(2, x.element_size()) <= 2 * LONGEST
+    return x.is_contiguous() and _rows.fits(x.shape[-1], x)
 
 
 def fused(x: Tensor, rotation: bool) -> tuple[Tensor, Tensor]:
-    """As `quantize_rows`; x is contiguous, in fp32, fp16 or bf16, of at most LONGEST channels, of fp32 half as many."""
+    """As `quantize_rows`, for what `fits`."""
     codes, scales = fake(x, rotation)
     channels = x.shape[-1]
     with torch.cuda.device_of(x):
@@ -77,6 +78,7 @@ QUANTIZE_ROWS = Kernel(
         Case("FLUX mlp, one row", (1, 15360), rotation=True),
         Case("FLUX hidden 1024px", (1, 4352, 3072), rotation=True),
         Case("FLUX mlp 1024px", (1, 4352, 15360), rotation=True),
+        Case("FLUX.2 linear2 1024px", (1, 4608, 24576), rotation=True),
         Case("Z-Image hidden 1024px", (1, 4192, 3840), rotation=True),
     ),
 )

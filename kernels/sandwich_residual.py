@@ -9,11 +9,11 @@ these is called a sandwich norm. In the host the tokens go twelve and a half tim
 import torch
 from torch import Tensor
 
-from . import _rows
+from . import _residual, _rows
 from ._op import operator
-from ._rows import activations, batch_stride, chunks, load_row, pieces, plus_row, rms_normed, rounded_row, store_codes, store_row, times_row, whole
+from ._rows import activations, chunks, load_row, plus_row, rms_normed, rounded_row, store_codes, store_row, times_row
 from ._triton import tl, triton
-from .spec import CODES, SCALES, VALUES, Case, Kernel, Limits
+from .spec import CODES, SCALES, VALUES, Case, Kernel, Limits, nbytes
 
 
 def sandwich_residual_int8(
@@ -21,12 +21,10 @@ def sandwich_residual_int8(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, y: [B, N, C]; gate, its tanh taken, and scale: [B or 1, 1, C]; after (v), before (w): [C]; all of one type.
 
-    one_plus: the 1 is still to be added to the scale. With `rotation` C is a multiple of 256.
+    one_plus: as `modulate` has it. With `rotation` C is a multiple of 256.
     Returns r [B, N, C] in the type of x, codes, int8 [B, N, C], and scales, fp32 [B, N, 1].
     """
-    if y.shape != x.shape or y.dtype is not x.dtype:
-        raise ValueError(f"x {tuple(x.shape)} in {x.dtype} came with y {tuple(y.shape)} in {y.dtype}; pass two of one shape and type")
-    _rows.checked(x, {"gate": gate, "scale": scale}, rotation)
+    _residual.checked(x, y, {"gate": gate, "scale": scale}, rotation)
     _rows.checked_weight(after, x.shape[-1])
     _rows.checked_weight(before, x.shape[-1])
     return OP(x, y, gate, after, before, scale, rotation, eps, one_plus)
@@ -63,14 +61,7 @@ def _sandwich_residual_kernel(
 
 
 def fused(x, y, gate, after, before, scale, rotation: bool, eps: float, one_plus: bool) -> tuple[Tensor, Tensor, Tensor]:
-    residual, codes, scales = fake(x, y, gate, after, before, scale, rotation, eps, one_plus)
-    batch, tokens, channels = x.shape
-    with torch.cuda.device_of(x):
-        _sandwich_residual_kernel[(tokens, batch)](
-            x, y, gate, after, before, scale, residual, codes, scales, channels, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
-            batch_stride(gate), batch_stride(scale), eps,
-            ONE_PLUS=int(one_plus), ROTATION=rotation, **pieces(channels, x.element_size()))
-    return residual, codes, scales
+    return _residual.launched(_sandwich_residual_kernel, x, y, gate, after, before, scale, rotation=rotation, eps=eps, one_plus=one_plus)
 
 
 def fits(x, y, gate, after, before, scale, **_) -> bool:
@@ -78,7 +69,7 @@ def fits(x, y, gate, after, before, scale, **_) -> bool:
 
 
 def fake(x, y, gate, after, before, scale, rotation, eps, one_plus) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), *_rows.codes_like(x, x.shape[-1])
+    return _residual.results(x)
 
 
 OP = operator("sandwich_residual_int8", reference, fused, fake, fits)
@@ -93,7 +84,7 @@ def inputs(shape, rotation: bool, one_plus: bool = True, *, dtype, device) -> di
 
 
 def traffic(x, y, gate, after, before, scale, rotation, eps, one_plus) -> int:
-    return 2 * whole(x) + whole(y, gate, after, before, scale) + _rows.coded_bytes(x, x.shape[-1])
+    return 2 * nbytes(x) + nbytes(y, gate, after, before, scale) + _rows.coded_bytes(x, x.shape[-1])
 
 
 SANDWICH_RESIDUAL_INT8 = Kernel(

@@ -51,6 +51,11 @@ class Kernel:
     op: Callable | None = None          # torch.ops.reprise.<name>, of the same arguments; see _op.py
 
 
+def nbytes(*tensors: Tensor | None) -> int:
+    """What moves where all of these are read or written once."""
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
 def several(result) -> tuple[Tensor, ...]:
     """The outputs of a kernel, also where it has one."""
     return tuple(result) if isinstance(result, (tuple, list)) else (result,)

@@ -17,6 +17,7 @@ import torch
 from comfy.ldm.modules.attention import get_attention_function
 from comfy.patcher_extension import WrappersMP
 
+from ...kernels._triton import FAILURES
 from ..step import Clock
 from ..wrappers import attached
 from .attention_backends import BACKENDS, Backend, Call, told
@@ -31,7 +32,6 @@ AUTOMATIC, OFF = "automatic", "off"
 CHOICES = (AUTOMATIC, OFF, *BACKENDS)
 LOW_OF_THE_HOST = ("sage", "sage3")     # names of the host's attention functions that are not of full precision
 COMPILE = "torch.compile"               # the key of the host's wrapper that swaps compiled modules in
-FAILURES = (RuntimeError, ValueError, TypeError, AssertionError, OSError, ImportError, AttributeError)     # of a backend, such as a GPU it was not built for
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Run:
                     self.record.served += 1
             except torch.OutOfMemoryError:
                 raise
-            except FAILURES as error:
+            except FAILURES as error:       # such as a GPU that the backend was not built for
                 why = f"the backend failed on {told(call.q.dtype)}, {call.width} channels a head"
                 log.warning("Attention Backend: %s failed (%s); ComfyUI's own attention takes such calls", self.backend.name, error)
                 self.failed.add(kind)

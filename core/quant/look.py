@@ -13,7 +13,6 @@ from .machine import INT8, NVFP4, SVDQUANT, Machine
 
 log = logging.getLogger("reprise")
 
-FAILURES = (RuntimeError, AttributeError, LookupError, TypeError, ValueError, AssertionError, OSError, ImportError)
 ELSEWHERE = {"SageAttention 3": "sageattn3", "FlashAttention": "flash_attn"}    # that Attention Backend does not offer; ComfyUI has switches for them
 HOST_NAMES = {"pytorch": "SDPA", "sage": "SageAttention", "sage3": "SageAttention 3", "flash": "FlashAttention", "xformers": "xformers",
               "sub_quad": "sub-quadratic attention", "split": "split attention"}
@@ -49,7 +48,7 @@ def look(device: torch.device | None = None, compiling: bool = True, importing: 
     for name, question in questions.items():
         try:
             answers[name] = question()
-        except FAILURES as error:
+        except _triton.FAILURES as error:
             log.debug("the question for '%s' failed: %r", name, error)
             failed.append(name)
             if name in ("triton", "gguf"):
@@ -103,10 +102,7 @@ def serving(device: torch.device) -> dict[str, str]:
 
 def triton_fault(device: torch.device, compiling: bool = True) -> str:
     """Why Reprise's kernels do not run, in a phrase."""
-    try:
-        return _triton.hindrance(device) or (_triton.failure(device) if compiling else "")
-    except torch.OutOfMemoryError:
-        return "the GPU had no memory left to try it"
+    return _triton.hindrance(device) or (_triton.failure(device) if compiling else "")
 
 
 def attention_faults(device: torch.device, importing: bool = True) -> dict[str, str]:

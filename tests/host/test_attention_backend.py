@@ -22,6 +22,7 @@ from pack.core.quant.attention import CHOICES, OVERRIDE, Run, Settings, attach_a
 from pack.core.quant.attention_backends import BACKENDS, Backend, Sage2
 from pack.core.quant.machine import EIGHT_BIT_ATTENTION, KITCHEN_INT8, SAGE_1, SAGE_2
 from pack.core.step import Clock
+from pack.kernels import _triton
 from pack.nodes.attention_backend import AttentionBackend
 from testbed import tiny
 
@@ -289,8 +290,11 @@ def test_a_sageattention_that_would_swallow_a_mask_is_given_none(stand_in, monke
     assert made.record.served == 1 == len(stand_in.calls)
 
 
-@pytest.mark.parametrize("fault", [RuntimeError("no kernel image"), ValueError("Unsupported CUDA architecture: sm75"), AssertionError(), OSError("nvcc")],
-                         ids=repr)
+BROKEN = [RuntimeError("no kernel image"), ValueError("Unsupported CUDA architecture: sm75"), AssertionError(), OSError("nvcc"), KeyError("sm_121a"),
+          *([_triton.TritonError("PTXAS error")] if _triton.HAS_TRITON else [])]
+
+
+@pytest.mark.parametrize("fault", BROKEN, ids=repr)
 def test_a_backend_that_fails_is_asked_once_for_each_kind_of_call_and_the_host_takes_them(fault, stand_in, caplog):
     stand_in.fault = fault
     latent, record = run(model("flux"), "flux", backend=KITCHEN_INT8, first=0, last=0)

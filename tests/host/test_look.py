@@ -115,7 +115,8 @@ QUESTIONS = {"gpu": "name_of", "memory": "memory_of", "kitchen": "kitchen", "ser
              "host_attention": "host_name", "gguf": "fault"}
 
 
-@pytest.mark.parametrize("error", [RuntimeError, AttributeError, KeyError, TypeError, OSError, ImportError], ids=lambda error: error.__name__)
+@pytest.mark.parametrize("error", [RuntimeError, AttributeError, KeyError, TypeError, OSError, ImportError, _triton.TritonError],
+                         ids=lambda error: error.__name__)
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_a_question_that_fails_is_told_and_the_others_are_answered(question, error, monkeypatch):
     def broken(*args):

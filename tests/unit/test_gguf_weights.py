@@ -117,6 +117,28 @@ def test_weights_that_triton_decodes_are_the_same_bits(name):
     assert torch.equal(gguf_weights.fused_values(packed, name, torch.float32), true(packed, BLOCKS[name]))
 
 
+@pytest.mark.parametrize("rotation", [False, True], ids=["plain", "rotated"])
+@pytest.mark.parametrize("name", FUSED)
+def test_a_row_with_a_nan_says_so_in_its_scale_and_no_other_does(name, rotation):
+    pytest.importorskip("triton")
+    torch.manual_seed(8)
+    packed = packed_weights((3, 2560), name, "cpu")
+    start = BLOCKS[name].halves[0]
+    packed[1, start:start + 2] = torch.tensor([torch.nan], dtype=torch.float16).view(torch.uint8)
+    for run in (gguf_weights.fused_scales, gguf_weights.reference_scales):
+        assert run(packed, name, rotation).isnan().flatten().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_blocks_that_begin_on_an_odd_byte_are_left_to_torch(name):
+    """Their fp16 numbers are read two bytes at a time."""
+    packed = packed_weights((3, 256), name, "cpu")
+    odd = torch.cat((torch.zeros(1, dtype=torch.uint8), packed.flatten()))[1:].view(packed.shape)
+    assert BLOCKS[name].bytes % 2 == 0 and all(start % 2 == 0 for start in BLOCKS[name].halves)
+    assert gguf_weights.fits(packed, name) and not gguf_weights.fits(odd, name) and gguf_weights.fits(packed[1:], name)
+    assert torch.equal(gguf_values(odd, name, torch.float32), gguf_values(packed, name, torch.float32))
+
+
 def test_what_makes_no_sense_is_one_sentence():
     packed = packed_weights((2, 512), "Q4_K", "cpu")
     scales = gguf_row_scales(packed, "Q4_K", True)

@@ -2,6 +2,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pack.kernels import _triton, int8_linear, quantize
 from pack.kernels._hadamard import GROUP, rotated
@@ -126,7 +127,7 @@ def test_every_size_has_a_tile_and_large_products_have_the_usual_one():
 
 
 def test_rows_that_registers_cannot_hold_are_left_to_torch():
-    for channels, dtype, fits in ((24576, torch.bfloat16, True), (24576, torch.float32, False), (15360, torch.float32, True), (40960, torch.float16, False)):
+    for channels, dtype, fits in ((24576, torch.bfloat16, True), (24576, torch.float32, True), (40960, torch.float32, False), (40960, torch.float16, False)):
         assert quantize.fits(torch.empty(2, channels, dtype=dtype), True) is fits
     assert not quantize.fits(torch.empty(2, 512).T, False) and not quantize.fits(torch.empty(0, 512), True)
 
@@ -139,13 +140,65 @@ def test_rows_that_do_not_begin_on_16_bytes_are_left_to_torch():
     assert not int8_linear.fits(**given | {"weight": given["weight"].repeat(1, 2)[:, ::2]})
 
 
-def test_the_product_is_exact_on_devices_without_an_int8_one(monkeypatch):
+def on(kind: str, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, as the choice of a product sees it on such a device."""
+    class Elsewhere(torch.Tensor):
+        device = torch.device(kind)
+
+    return tensor.as_subclass(Elsewhere)
+
+
+def test_the_product_is_exact_on_devices_without_an_int8_one():
     torch.manual_seed(6)
     x, weight = (torch.randint(-127, 128, (rows, 5000), dtype=torch.int8) for rows in (3, 5))
     true = x.long() @ weight.long().T
-
-    class Elsewhere(torch.Tensor):
-        device = torch.device("mps")
-
     assert torch.equal(int8_linear.product(x, weight).long(), true)
-    assert torch.equal(int8_linear.product(x.as_subclass(Elsewhere), weight).as_subclass(torch.Tensor).long(), true)
+    assert torch.equal(int8_linear.product(on("mps", x), weight).as_subclass(torch.Tensor).long(), true)
+
+
+class Made(TorchDispatchMode):
+    """The names of the operators that run, and how much of the largest result there is, of whatever has more than 16 bits to a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.most = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.names.append(str(function))
+        if isinstance(result, torch.Tensor) and result.dtype.itemsize > 2:
+            self.most = max(self.most, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("sizes", [{"gelu": True}, {"gates": 3}, {"residual": True, "bias": False}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_torch_takes_beside_the_result_does_not_grow_with_its_rows(sizes, dtype, monkeypatch):
+    torch.manual_seed(7)
+    given = int8_linear.inputs((3 * 170, 40), K=72, **sizes, dtype=dtype, device="cpu")
+    whole = int8_linear.reference(**given)
+    monkeypatch.setattr(int8_linear, "AT_ONCE", 100 * 40)
+    with Made() as made:
+        y = int8_linear.reference(**given)
+    # torch's GELU rounds otherwise in what is left of a vector
+    assert torch.allclose(y, whole, rtol=1e-6, atol=1e-7) if sizes.get("gelu") and dtype is torch.float32 else torch.equal(y, whole)
+    assert dtype is torch.float32 or made.most <= 100 * 40      # the result itself has 32 bits in fp32
+    assert made.names.count("aten._int_mm.default") == 6
+
+
+@pytest.mark.parametrize(("M", "N", "K", "pads"), [(64, 40, 72, 0), (17, 8, 16, 0), (3, 40, 72, 1), (64, 41, 72, 1), (64, 41, 70, 2), (0, 8, 16, 0)])
+def test_on_cuda_torch_gets_sides_that_it_takes_and_copies_codes_only_where_it_must(M, N, K, pads, monkeypatch):
+    torch.manual_seed(8)
+    given = int8_linear.inputs((M, N), K=K, dtype=torch.float32, device="cpu")
+    wanted, multiply = int8_linear.reference(**given), torch._int_mm
+
+    def strict(x, weight):
+        assert x.shape[0] > 16 and x.shape[1] % 8 == 0 and weight.shape[1] % 8 == 0
+        return multiply(x, weight)
+
+    monkeypatch.setattr(torch, "_int_mm", strict)
+    monkeypatch.setattr(int8_linear, "fake", lambda *_: torch.full((M, N), torch.nan))
+    with Made() as made:
+        y = int8_linear.reference(**given | {"x": on("cuda", given["x"])})
+    assert torch.equal(y.as_subclass(torch.Tensor), wanted)
+    assert sum("constant_pad" in name for name in made.names) == pads

@@ -4,6 +4,9 @@ import sys
 
 import pytest
 import torch
+from torch._prims_common import check_significant_strides
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from pack.kernels import KERNELS, _op, quantize
 from pack.kernels.spec import faults, several
@@ -34,6 +37,32 @@ def test_on_a_cpu_an_operator_is_its_reference(kernel):
 @each
 def test_torch_finds_nothing_wrong_with_an_operator(kernel):
     torch.library.opcheck(kernel.op, (), given(kernel))
+
+
+def turned(value, axis: int):
+    """The same numbers; those along `axis` are neighbours in memory."""
+    if isinstance(value, list):
+        return [turned(one, axis) for one in value]
+    if not isinstance(value, torch.Tensor) or value.ndim < 2:
+        return value
+    return value.movedim(axis, -1).contiguous().movedim(-1, axis)
+
+
+@each
+@pytest.mark.parametrize("axis", [0, -2])
+def test_what_is_announced_of_results_holds_where_channels_are_no_neighbours_in_memory(kernel, axis):
+    """A graph goes on with the strides that were announced."""
+    for case in kernel.cases:
+        if case.small:
+            made = kernel.inputs(case.shape, **case.sizes, dtype=torch.float32, device="cpu")
+            arguments = {name: turned(value, axis) for name, value in made.items()}
+            results = several(kernel.op(**arguments))
+            with FakeTensorMode() as mode:
+                announced = several(kernel.op(**tree_map_only(torch.Tensor, mode.from_tensor, arguments)))
+            for result, said in zip(results, announced, strict=True):
+                assert result.shape == said.shape and result.dtype is said.dtype
+                assert check_significant_strides(result, said, only_cuda=False)[0], f"{case.name}: {result.stride()} came, {said.stride()} was announced"
+            assert not faults(kernel, results, kernel.reference(**made))
 
 
 @each

@@ -1,4 +1,7 @@
 """Every kernel against its reference, on every case and type that it lists; and what happens where there is no Triton."""
+import ast
+import importlib
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -80,8 +83,24 @@ def test_the_bytes_of_the_roofline_are_not_more_than_all_that_is_there(kernel):
             assert 0 < kernel.traffic(**given) <= there + made
 
 
+@pytest.fixture
+def bare():
+    """The kernels, imported once more under a name of their own: as the Triton of the test lets them be."""
+    yield lambda: inprocess.package("bare", inprocess.ROOT / "kernels")
+    for name in [name for name in sys.modules if name.split(".")[0] == "bare"]:
+        del sys.modules[name]
+
+
+def without_triton(kernels) -> None:
+    assert [kernel.name for kernel in kernels.KERNELS] == [kernel.name for kernel in KERNELS]
+    bare = sys.modules["bare._triton"]
+    assert not bare.HAS_TRITON and not bare.usable(torch.device("cpu")) and not bare.usable(torch.device("cuda", 0))
+    assert "does not fit this torch" in bare.failure(torch.device("cuda", 0))
+    assert torch.equal(sys.modules["bare.combine"].combine([2.0], [torch.ones(3)]), torch.full((3,), 2.0))
+
+
 @pytest.mark.parametrize("fault", [ImportError, OSError, AttributeError, RuntimeError], ids=lambda fault: fault.__name__)
-def test_without_a_triton_that_can_be_imported_torch_does_the_work_and_nothing_is_said(fault, monkeypatch, capfd, caplog):
+def test_without_a_triton_that_can_be_imported_torch_does_the_work_and_nothing_is_said(fault, bare, monkeypatch, capfd, caplog):
     class Missing:
         @staticmethod
         def find_spec(name, path=None, target=None):
@@ -91,15 +110,18 @@ def test_without_a_triton_that_can_be_imported_torch_does_the_work_and_nothing_i
     for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
-    try:
-        kernels = inprocess.package("bare", inprocess.ROOT / "kernels")
-        assert [kernel.name for kernel in kernels.KERNELS] == [kernel.name for kernel in KERNELS]
-        bare = sys.modules["bare._triton"]
-        assert not bare.HAS_TRITON and not bare.usable(torch.device("cpu")) and not bare.usable(torch.device("cuda", 0))
-        assert torch.equal(sys.modules["bare.combine"].combine([2.0], [torch.ones(3)]), torch.full((3,), 2.0))
-    finally:
-        for name in [name for name in sys.modules if name.split(".")[0] == "bare"]:
-            del sys.modules[name]
+    without_triton(bare())
+    assert capfd.readouterr() == ("", "") and not caplog.records
+
+
+@needs_triton
+@pytest.mark.parametrize("lacking", ["triton.tools.tensor_descriptor", "make_tensor_descriptor"])
+def test_a_triton_from_before_tensor_descriptors_is_as_none(lacking, bare, monkeypatch, capfd, caplog):
+    if lacking in sys.modules:
+        monkeypatch.setitem(sys.modules, lacking, None)
+    else:
+        monkeypatch.delattr(sys.modules["triton.language"], lacking)
+    without_triton(bare())
     assert capfd.readouterr() == ("", "") and not caplog.records
 
 
@@ -137,13 +159,9 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
         return probe
 
-    def forget():
-        _triton.usable.cache_clear()
-        _triton.failure.cache_clear()
-
-    forget()
+    _triton.tried.cache_clear()
     yield stand_in
-    forget()
+    _triton.tried.cache_clear()
 
 
 @pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((8, 9), True), ((12, 0), True)])
@@ -158,19 +176,41 @@ def test_an_amd_gpu_is_not_usable(gpu, monkeypatch):
     assert not _triton.usable(torch.device("cuda", 0))
 
 
-@pytest.mark.parametrize("fault", [RuntimeError("Failed to find C compiler"), FileNotFoundError("ptxas"), ImportError("DLL load failed")], ids=str)
+def of_triton(module: str, name: str, *arguments):
+    """An error of Triton's, or nothing where there is no Triton."""
+    return [getattr(importlib.import_module(module), name)(*arguments)] if _triton.HAS_TRITON else []
+
+
+CANNOT_COMPILE = [
+    RuntimeError("Failed to find C compiler"), FileNotFoundError("ptxas"), ImportError("DLL load failed"), KeyError("sm_121a"), ValueError("no such target"),
+    TypeError("unexpected argument"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), subprocess.CalledProcessError(1, "gcc"),
+    *of_triton("triton.runtime.errors", "PTXASError", "Value 'sm_121a' is not defined"),
+    *of_triton("triton.runtime.errors", "OutOfResources", 200_000, 101_376, "shared memory"),
+    *of_triton("triton.compiler.errors", "CompilationError", None, ast.Pass(), "no such instruction"),
+]
+
+
+@pytest.mark.parametrize("fault", CANNOT_COMPILE, ids=lambda fault: type(fault).__name__)
 def test_a_triton_that_cannot_compile_is_told_of_once_and_torch_does_the_work(gpu, fault, caplog):
-    gpu((8, 9), fault)
+    probe = gpu((8, 9), fault)
     caplog.set_level("DEBUG")       # whatever ran before may have asked for silence
     caplog.set_level("DEBUG", logger="reprise")
-    assert [_triton.usable(torch.device("cuda", 0)) for _ in range(2)] == [False, False]
+    assert [_triton.usable(torch.device("cuda", 0)) for _ in range(2)] == [False, False] and probe.launches == 1
     (record,) = caplog.records
     assert str(fault) in record.getMessage() and "plain torch" in record.getMessage()
+    assert type(fault).__name__ in _triton.failure(torch.device("cuda", 0))
 
 
-def test_memory_that_ran_out_while_asking_says_nothing_about_triton(gpu):
-    gpu((8, 9), torch.OutOfMemoryError("full"))
-    with pytest.raises(torch.OutOfMemoryError):
-        _triton.usable(torch.device("cuda", 0))
+def test_why_triton_cannot_compile_is_told_by_its_first_line_without_folders(gpu):
+    gpu((8, 9), FileNotFoundError("no '/home/ann/bin/gcc' nor C:\\tools\\cl.exe\nand more " + 200 * "x"))
+    told = _triton.failure(torch.device("cuda", 0))
+    assert told == "Triton is installed and cannot compile here (FileNotFoundError: no 'gcc' nor cl.exe); most often a C compiler is missing"
+    assert len(_triton.told(RuntimeError("word " * 100))) <= 160 and _triton.told(RuntimeError()) == "RuntimeError"
+
+
+@pytest.mark.parametrize("fault", [torch.OutOfMemoryError("full"), RuntimeError("Triton Error [CUDA]: out of memory")], ids=lambda fault: type(fault).__name__)
+def test_memory_that_ran_out_while_asking_says_nothing_about_triton(gpu, fault, caplog):
+    gpu((8, 9), fault)
+    assert not _triton.usable(torch.device("cuda", 0)) and "no memory" in _triton.failure(torch.device("cuda", 0)) and not caplog.records
     gpu((8, 9))
     assert _triton.usable(torch.device("cuda", 0))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+from ....kernels._triton import FLOATS
 
 
 @dataclass(frozen=True)
