@@ -4,13 +4,15 @@ A reference is plain torch and serves every device. On what torch calls "cuda", 
 whether Triton takes the arguments; `usable` says no for AMD's.
 """
 import inspect
+import logging
 from collections.abc import Callable
 
 import torch
 
-from ._triton import usable
+from ._triton import FAILURES, out_of_memory, told, usable
 
 NAMESPACE = "reprise"
+logger = logging.getLogger(__name__)
 
 
 def operator(name: str, reference: Callable, fused: Callable, fake: Callable, fits: Callable[..., bool] = lambda **given: True) -> Callable:
@@ -26,7 +28,7 @@ def operator(name: str, reference: Callable, fused: Callable, fake: Callable, fi
         return known
 
     made = torch.library.custom_op(f"{NAMESPACE}::{name}", reference, mutates_args=())
-    made.register_kernel("cuda")(choice(reference, fused, fits))
+    made.register_kernel("cuda")(choice(name, reference, fused, fits))
     made.register_fake(fake)
     return registered(name)
 
@@ -36,13 +38,24 @@ def registered(name: str) -> Callable | None:
     return packet and packet.default
 
 
-def choice(reference: Callable, fused: Callable, fits: Callable[..., bool]) -> Callable:
-    """The function of the arguments of all three that lets Triton do what it can."""
-    parameters = inspect.signature(reference)
+def choice(name: str, reference: Callable, fused: Callable, fits: Callable[..., bool]) -> Callable:
+    """The function of the arguments of all three that lets Triton do what it can.
+
+    Where a kernel cannot be compiled or launched on a device, one line in the log says so and the reference does its work there from then on.
+    """
+    parameters, given_up = inspect.signature(reference), set()
 
     def chosen(*args, **options):
         given = parameters.bind(*args, **options).arguments
-        first = next(value for value in given.values() if isinstance(value, torch.Tensor))
-        return (fused if usable(first.device) and fits(**given) else reference)(**given)
+        device = next(value for value in given.values() if isinstance(value, torch.Tensor)).device
+        if device not in given_up and usable(device) and fits(**given):
+            try:
+                return fused(**given)
+            except FAILURES as error:
+                if out_of_memory(error):    # the host knows what to do then
+                    raise
+                given_up.add(device)
+                logger.warning("Reprise: the kernel %s does not run on %s (%s); plain torch does its work, slower", name, device, told(error))
+        return reference(**given)
 
     return chosen

@@ -75,12 +75,16 @@ def tried(device: torch.device) -> str:
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
-        if "out of memory" in str(error).lower():      # Triton's launcher has no error of its own for it
+        if out_of_memory(error):
             raise torch.OutOfMemoryError(str(error)) from error
         logger.warning("Triton cannot compile for %s (%s); plain torch does the work of the kernels, slower", device, error)
         guess = "" if isinstance(error, TritonError) else "; most often a C compiler is missing"
         return f"Triton is installed and cannot compile here ({told(error)}){guess}"
     return ""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()      # Triton's launcher has no error of its own for it
 
 
 def told(error: BaseException) -> str:

@@ -12,8 +12,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}    
 # What an output holds, and so how near it must come to the reference.
 VALUES = "values"   # floats, to within TOLERANCE of their type, or of that of the inputs where it is coarser
 CODES = "codes"     # int8: the same, but for MOST_OFF of them, which are ties that fell to the other side
-SCALES = "scales"   # fp32, one for each row of codes: to within SCALE_OFF of each
+SCALES = "scales"   # fp32, one for each row of codes: to within SCALE_OFF of each, but for ROWS_OFF of them, which are to within TOLERANCE
 MOST_OFF, SCALE_OFF = 1e-5, 1e-6
+ROWS_OFF = 5e-3     # of many rows: where a sum is rounded to 16 bits before it is normed, elements that are ties move a row's scale
 
 
 class Case:
@@ -85,4 +86,6 @@ def fault(kind: str, got: Tensor, wanted: Tensor, dtype: torch.dtype = torch.flo
     bound = share * true.abs()
     if kind == VALUES:      # a sum that nearly cancels is as far off as its terms are
         bound += true.abs().max() * (1e-6 if share == TOLERANCE[torch.float32] else share)
+    if kind == SCALES and dtype is not torch.float32 and int((apart > bound).sum()) <= ROWS_OFF * apart.numel():
+        bound = TOLERANCE[dtype] * true.abs()
     return "" if bool((apart <= bound).all()) else f"off by up to {apart.max().item():.1e} where at most {bound.max().item():.1e} is right"

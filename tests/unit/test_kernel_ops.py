@@ -121,12 +121,31 @@ def test_another_pack_with_other_arguments_is_one_sentence():
 
 def test_on_a_gpu_triton_gets_what_it_takes_and_torch_the_rest(monkeypatch):
     asked = []
-    chosen = _op.choice(lambda x, rotation: "torch", lambda x, rotation: "triton", lambda x, rotation: asked.append((x, rotation)) or rotation)
+    chosen = _op.choice("name", lambda x, rotation: "torch", lambda x, rotation: "triton", lambda x, rotation: asked.append((x, rotation)) or rotation)
     x = torch.ones(3)
     assert chosen(x, True) == "torch" and not asked         # this CPU has no Triton
     monkeypatch.setattr(_op, "usable", lambda device: device == x.device)
     assert chosen(x, rotation=True) == "triton" and chosen(x, False) == "torch" and chosen(rotation=False, x=x) == "torch"
     assert [rotation for _, rotation in asked] == [True, False, False] and all(seen is x for seen, _ in asked)
+
+
+def test_a_kernel_that_does_not_run_on_a_gpu_leaves_its_work_to_torch_and_says_so_once(monkeypatch, caplog):
+    full = [RuntimeError("Triton Error [CUDA]: out of memory"), torch.OutOfMemoryError("no room")]
+    calls, errors = [], [*full, KeyboardInterrupt(), RuntimeError("out of resource")]
+
+    def fused(x):
+        calls.append(x)
+        raise errors.pop(0)
+
+    monkeypatch.setattr(_op, "usable", lambda device: True)
+    chosen, x = _op.choice("name", lambda x: "torch", fused, lambda x: True), torch.ones(3)
+    for expected in (RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt):
+        with pytest.raises(expected):
+            chosen(x)
+    assert [chosen(x) for _ in range(3)] == ["torch"] * 3 and len(calls) == 4
+    errors.append(ValueError("shared memory"))
+    assert chosen(torch.ones(3, device="meta")) == "torch" and len(calls) == 5     # another device is tried
+    assert [record.getMessage().count("name does not run on") for record in caplog.records] == [1, 1] and "out of resource" in caplog.text
 
 
 WITHOUT_TRITON = """

@@ -49,6 +49,10 @@ def test_what_differs_more_than_rounding_does_is_a_fault():
     scales = torch.rand(100, 1) + 0.1
     assert not fault(SCALES, scales * (1 + 5e-7), scales) and fault(SCALES, scales * (1 + 3e-6), scales) and fault(SCALES, scales.view(-1), scales)
     assert fault(SCALES, torch.cat((scales[:-1], torch.tensor([[torch.nan]]))), scales)
+    many = torch.rand(2000, 1) + 0.1
+    ties, more = ((torch.arange(2000) < rows)[:, None] for rows in (10, 11))       # of 16-bit sums that are normed again
+    assert not fault(SCALES, many * (1 + 1e-4 * ties), many, torch.bfloat16) and fault(SCALES, many * (1 + 1e-4 * more), many, torch.bfloat16)
+    assert fault(SCALES, many * (1 + 1e-4 * ties), many) and fault(SCALES, many * (1 + 0.1 * ties), many, torch.bfloat16)
     for dtype, tolerance in TOLERANCE.items():
         values = torch.randn(1000).to(dtype)
         off = values.clone()
