@@ -24,7 +24,7 @@ from .detect import detect, without_prefix
 from .files import BadFile, WeightFile, open_file
 from .formats import layers_of
 from .formats.svdquant import KIND
-from .gguf_file import refuse_text_model
+from .gguf_file import refuse_text_model, strange_architecture
 from .layer import Layer
 from .packed import own_product
 from .packed_ops import packed_ops
@@ -74,7 +74,7 @@ def load_file(file: WeightFile, settings: Settings, disable_dynamic: bool = Fals
     began = time.perf_counter()
     file = stripped(file)
     layers, rest = layers_of(file)
-    if settings.format != "auto" and settings.format not in {layer.format for layer in layers.values()}:
+    if settings.format != "auto" and all(layer.format != settings.format for layer in layers.values()):
         found = ", ".join(sorted({layer.format for layer in layers.values()})) or "no layer"
         raise BadFile(f"'{file.name}' has {found}, and {settings.format} was asked for; choose format auto")
     shapes = {**rest, **{f"{name}.weight": torch.empty(layer.shape, dtype=torch.bfloat16, device="meta") for name, layer in layers.items()}}
@@ -83,7 +83,8 @@ def load_file(file: WeightFile, settings: Settings, disable_dynamic: bool = Fals
     device = torch.device("cpu") if settings.device == "cpu" else comfy.model_management.get_torch_device()
     targets = plan(layers, linears, family, settings, *abilities(device))
     idle = [pattern for pattern in settings.exclude if not any(matches(name, (pattern,)) for name in layers)]
-    warnings = (*unfit(layers, targets, device, file.name), *(f"'{pattern}' excludes no layer" for pattern in idle))
+    strange = strange_architecture(file, family)
+    warnings = (*unfit(layers, targets, device, file.name), *([strange] if strange else ()), *(f"'{pattern}' excludes no layer" for pattern in idle))
     options = {"load_device": device, "offload_device": torch.device("cpu")} if settings.device == "cpu" else {}
     dtype = comfy.model_management.unet_manual_cast(None, device, config.supported_inference_dtypes)
     sd = state_dict(layers, rest, targets, dtype, device)
