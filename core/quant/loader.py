@@ -30,7 +30,7 @@ from .packed import own_product
 from .packed_ops import packed_ops
 from .plan import Settings, plan
 from .sensitive import matches
-from .svdquant.served import NATIVE, NOT, served
+from .svdquant.served import NATIVE, served
 
 log = logging.getLogger("reprise")
 METADATA = "reprise.metadata"
@@ -108,12 +108,10 @@ def abilities(device: torch.device) -> tuple[bool, frozenset[str]]:
 
 
 def unfit(layers: Mapping[str, Layer], targets: Mapping[str, str], device: torch.device, name: str) -> tuple[str, ...]:
-    """What the user is to know of packed layers that the device computes slowly. BadFile where it cannot compute them at all."""
+    """What the user is to know of packed layers that the device computes slowly."""
     told = []
     for form in sorted({layers[layer].format for layer, target in targets.items() if target == "packed"} & set(KIND)):
         how, sentence = served(device, KIND[form])
-        if how == NOT:
-            raise BadFile(f"'{name}': {sentence}")
         if how != NATIVE:
             told.append(sentence)
             log.warning("Reprise: '%s': %s", name, sentence)
