@@ -5,6 +5,8 @@ from pathlib import Path
 
 import folder_paths
 
+from ..knob import shown
+
 SAFE = (".safetensors", ".sft", ".gguf")    # a pickle may run code when it is opened
 PLANS = "plans"
 NAME = re.compile(r"\w[\w .-]{0,79}")
@@ -43,7 +45,9 @@ def stamp(name: str, kind: str = "diffusion_models") -> str:
 
 
 def output_path(prefix: str) -> Path:
-    """A file that is not there yet, numbered as the host's are."""
+    """A file that is not there yet, numbered as the host's are. The host would make a hidden file of a prefix without a name."""
+    if not isinstance(prefix, str) or not os.path.basename(os.path.normpath(prefix)).strip(". "):
+        raise ValueError(f"filename_prefix is '{shown(prefix)}', which names no file; end it with a name, such as diffusion_models/reprise")
     folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
     return Path(folder) / f"{name}_{counter:05}_.safetensors"
 

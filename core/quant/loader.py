@@ -33,7 +33,7 @@ from .sensitive import matches
 from .svdquant.served import NATIVE, served
 
 log = logging.getLogger("reprise")
-METADATA = "reprise.metadata"
+METADATA, TYPES = "reprise.metadata", "reprise.types"     # attachments, for saving
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,12 @@ def load_file(file: WeightFile, settings: Settings, disable_dynamic: bool = Fals
     own = own_product(device) and any(target == "int8" or target == "stored" and layers[name].format == "int8_tensorwise" for name, target in targets.items())
     if own or {"packed", "packed int8"} & set(targets.values()):
         options["custom_operations"] = packed_ops(dtype, own=own)
+    types = {key: tensor.dtype for key, tensor in sd.items()}
     patcher = comfy.sd.load_diffusion_model_state_dict(sd, model_options=options, metadata=file.metadata, disable_dynamic=disable_dynamic)
     if patcher is None:
         raise BadFile(f"'{file.name}' is no diffusion model that ComfyUI knows; choose a file of models/diffusion_models")
     patcher.set_attachments(METADATA, dict(file.metadata))      # some models cannot be told without it, so saving keeps it
+    patcher.set_attachments(TYPES, types)
     size = file.path.stat().st_size if file.path.is_file() else sum(layer.nbytes for layer in layers.values())
     formats = {name: layer.format for name, layer in layers.items()}
     return patcher, Loaded(file.name, family, targets, formats, size, time.perf_counter() - began, warnings)
