@@ -26,9 +26,11 @@ def model_files(kind: str = "diffusion_models") -> list[str]:
 def model_path(name: str, kind: str = "diffusion_models") -> Path:
     """The file behind a name of the menu. Other names are refused, so that no path leaves the folders."""
     key = with_gguf(kind)
-    path = folder_paths.get_full_path(key, name) if name in folder_paths.get_filename_list(key) else None
-    if path is None:
+    if name not in folder_paths.get_filename_list(key):
         raise ValueError(f"'{str(name)[:100]}' is not among the files of the folder {kind}; choose one from the menu, or press R to have it read anew")
+    path = folder_paths.get_full_path(key, name)
+    if path is None:
+        raise ValueError(f"'{name[:100]}' is a link in the folder {kind} that leads to no file; put the file back to where it leads, or choose another")
     return Path(path)
 
 
@@ -68,7 +70,7 @@ def plan_path(name: str) -> Path:
 
 def new_plan(name: str) -> Path:
     """A place for a plan. Its name is a file's name and no path."""
-    if not NAME.fullmatch(name):
+    if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ValueError(f"name is '{str(name)[:100]}'; a plan's name is 1 to 80 letters, digits, blanks, dots, - and _, the first a letter or digit")
     plans_folder().mkdir(parents=True, exist_ok=True)
     return plans_folder() / f"{name}.json"
