@@ -1,5 +1,5 @@
 """A registry as a node input: one option per entry, with the entry's own knobs below it."""
-from ..core.knob import checked, knobs, shown
+from ..core.knob import checked, knobs, offered, shown
 from ..core.registry import Registry
 from ._api import io
 
@@ -21,6 +21,14 @@ def widget(field):
         return io.Boolean.Input(field.name, **common)
     kind = io.Int if isinstance(field.default, int) else io.Float
     return kind.Input(field.name, min=told["low"], max=told["high"], step=told["step"], **common)
+
+
+def check_choices(node: type[io.ComfyNode], **sent: str) -> None:
+    """Raise for what is not in the menu of the input of its name; a script's call does not pass through the host's check."""
+    menus = {entry.id: entry.options for entry in node.define_schema().inputs if isinstance(entry, io.Combo.Input)}
+    for name, value in sent.items():
+        if value not in menus[name]:
+            raise ValueError(f"{name} is '{shown(value)}'; choose one of {offered(shown(value), menus[name])}")
 
 
 def check_sent(name: str, registry: Registry, sent: dict) -> None:

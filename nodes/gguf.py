@@ -2,6 +2,7 @@
 from ..core.quant import folders
 from ..core.quant.text_encoder import TYPES, line, load
 from ._api import io
+from .choice import check_choices
 from .notify import show
 
 KIND = "text_encoders"
@@ -39,6 +40,7 @@ class GGUFTextEncoderLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, text_encoder: str, type: str, second: str = NONE, device: str = "default") -> io.NodeOutput:
+        check_choices(cls, type=type, device=device)
         paths = [folders.model_path(name, KIND) for name in (text_encoder, second) if name != NONE]
         clip = load([str(path) for path in paths], type, device, folders.embeddings())
         show(line(clip, paths), getattr(cls.hidden, "unique_id", None))

@@ -5,6 +5,7 @@ from ..core.quant.plan import write_plan
 from ..core.quant.score import SCORES
 from ..core.quant.transcode import TRANSCODERS
 from ._api import ProgressBar, io
+from .choice import check_choices
 from .notify import show
 from .numbers import check_numbers
 
@@ -51,6 +52,7 @@ class QuantizationReport(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, sampler, sigmas, latent_image, cfg: float = 1.0, budget_mib: float = 0.0, smallest: str = "int8 and fp8",
                 score: str = "output error", seed: int = 0, name: str = "plan") -> io.NodeOutput:
+        check_choices(cls, smallest=smallest, score=score)
         check_numbers(cls, cfg=cfg, budget_mib=budget_mib, seed=seed)
         path = folders.new_plan(name)
 

@@ -2,7 +2,7 @@
 from ..core.quant import folders
 from ..core.quant.formats import known_formats
 from ..core.quant.loader import load
-from ..core.quant.plan import COMPUTE, DEVICES, Settings, read_plan
+from ..core.quant.plan import COMPUTE, DEVICES, Settings, patterns, read_plan
 from ..core.quant.save import save
 from ._api import io
 from .notify import show, text_notifier
@@ -49,8 +49,7 @@ class QuantizedModelLoader(io.ComfyNode):
         cls, model_name: str, format: str = "auto", compute: str = "auto", exclude: str = "", device: str = "default", plan: str = NO_PLAN,
     ) -> io.NodeOutput:
         layers = {} if plan == NO_PLAN else read_plan(folders.plan_path(plan))
-        patterns = tuple(part.strip() for part in exclude.split(",") if part.strip())
-        settings = Settings(compute=compute, exclude=patterns, format=format, device=device, layers=layers)
+        settings = Settings(compute=compute, exclude=patterns(exclude), format=format, device=device, layers=layers)
         return io.NodeOutput(load(folders.model_path(model_name), settings, report=text_notifier(getattr(cls.hidden, "unique_id", None))))
 
 

@@ -18,6 +18,7 @@ from comfy.ldm.modules.attention import get_attention_function
 from comfy.patcher_extension import WrappersMP
 
 from ...kernels._triton import FAILURES
+from ..knob import shown
 from ..step import Clock
 from ..wrappers import attached
 from .attention_backends import BACKENDS, Backend, Call, told
@@ -44,6 +45,8 @@ class Settings:
     measure: bool = False
 
     def __post_init__(self):
+        if self.backend not in CHOICES:
+            raise ValueError(f"unknown attention backend '{shown(self.backend)}'; known: {', '.join(CHOICES)}")
         if self.backend not in (AUTOMATIC, OFF):
             missing = BACKENDS[self.backend].missing()
             if missing:

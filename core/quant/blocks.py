@@ -12,6 +12,7 @@ from ...kernels.gguf_weights import gguf_codes, gguf_row_scales, gguf_values
 TYPES = tuple(BLOCKS)
 GROUPS = (256, 64, 16)      # of the rotation, the first that divides the rows
 BY_KERNEL = (256, 0)        # the others are for narrow layers, and rotated by comfy_kitchen
+EXPONENT = 0x7c00           # of fp16
 CHUNK = 8 << 20             # weights that stand in single precision at a time: 32 MiB
 
 
@@ -23,6 +24,16 @@ def rotation_group(columns: int) -> int:
 def values(blocks: Tensor, type: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """blocks: uint8 [n, bytes of a row]. Returns [n, K]."""
     return gguf_values(blocks, type, dtype)
+
+
+def without_scale(blocks: Tensor, type: str) -> int:
+    """How many blocks have a scale that is no number. Of each block its scales alone are read: fp16 is no number where every bit of its exponent is set."""
+    form = BLOCKS[type]
+    words = blocks.reshape(-1, form.bytes).view(torch.int16)
+    first, *more = (words[:, start // 2] & EXPONENT == EXPONENT for start in form.halves)
+    for bad in more:
+        first |= bad
+    return int(first.count_nonzero())
 
 
 def quantized(weight: Tensor, group: int, seed: int | None = None) -> tuple[Tensor, Tensor]:

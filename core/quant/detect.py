@@ -9,7 +9,7 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from .files import BadFile
+from .files import BadFile, whole_numbers
 
 # What the host's detection raises on names and shapes that make no sense together; it was not written for hostile files.
 CONFUSED = (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError, AssertionError, OverflowError)
@@ -56,8 +56,7 @@ def network_of(config, sd: dict[str, Tensor], name: str) -> nn.Module:
         raise BadFile(f"'{name}' lacks {len(missing)} of {len(wanted)} tensors of its model, the first is '{missing[0]}'; it is not whole")
     for key, tensor in wanted.items():
         if tensor.is_floating_point() and not sd[key].is_floating_point():
-            kind = str(sd[key].dtype).removeprefix("torch.")
-            raise BadFile(f"'{name}': '{key}' holds {kind}, and its model has fractions there; the file is damaged or of a format that is not read")
+            raise whole_numbers(name, key, sd[key])
         if tuple(sd[key].shape) != tuple(tensor.shape):
             found, asked = tuple(sd[key].shape), tuple(tensor.shape)
             raise BadFile(f"'{name}': '{key}' is {found}, and its model has {asked} there; the file is damaged or of another model")

@@ -112,7 +112,7 @@ def questions(machine: Machine) -> Finding | None:
 def of_feature(feature: Feature) -> Probe:
     def look(machine: Machine) -> Finding:
         way = feature.on(machine)
-        return Finding(feature.name, "", way.by, "; ".join(part for part in (capital(way.cost), helpful(way.advice, machine)) if part))
+        return Finding(feature.name, "", way.by, "; ".join(part for part in (capital(way.cost_on(machine)), helpful(way.advice, machine)) if part))
     return Probe(feature.name, look)
 
 

@@ -12,11 +12,23 @@ from .machine import KITCHEN, KITCHEN_INT8, OWN_GGUF, PLAIN, SAGE_1, SAGE_2, Cap
 
 @dataclass(frozen=True)
 class Way:
-    """by: who does the work, in a few words; cost: what that costs, empty for the best way; advice: what would change it."""
+    """by: who does the work, in a few words; costs: what that costs, empty for the best way; advice: what would change it.
+
+    timed: the part of the costs that was found on an NVIDIA GPU, which it names.
+    """
 
     by: str
-    cost: str = ""
+    costs: str = ""
     advice: str = ""
+    timed: str = ""
+
+    @property
+    def cost(self) -> str:
+        return "; ".join(part for part in (self.timed, self.costs) if part)
+
+    def cost_on(self, machine: Machine) -> str:
+        """The cost as it is told there: figures of GPUs say nothing of other machines."""
+        return self.cost if machine.nvidia else self.costs
 
 
 @dataclass(frozen=True)
@@ -108,9 +120,9 @@ FEATURES = Registry(
     Feature("int8 layers", {
         "cuda": Way("comfy_kitchen's CUDA kernels"),
         "hip": Way("comfy_kitchen's ROCm kernels"),
-        "triton": Way("comfy_kitchen's Triton kernels", "5% slower than its CUDA kernels, measured by its authors on an RTX 5090"),
+        "triton": Way("comfy_kitchen's Triton kernels", timed="5% slower than its CUDA kernels, measured by its authors on an RTX 5090"),
         "own": Way("Reprise's Triton kernel", "not timed against comfy_kitchen's CUDA kernels yet", CUDA_13),
-        "torch": Way("plain torch", "on an A100 three times as slow as fp8, a user reports; the memory is as small", CUDA_13),
+        "torch": Way("plain torch", "the memory is as small", CUDA_13, timed="on an A100 three times as slow as fp8, a user reports"),
     }, by_int8),
     Feature("fp8 layers", {
         "units": Way("fp8 units, for scaled files"),
@@ -131,18 +143,20 @@ FEATURES = Registry(
     }, by_svdquant),
     Feature("GGUF layers", {
         "triton": Way("Reprise's Triton kernels"),
-        "torch": Way("unpacked by plain torch", "27 (Q8_0) to 185 ms (Q3_K) of a step on an RTX 4090, fused kernels 12 to 26 (modelled)", TRITON),
+        "torch": Way("unpacked by plain torch", advice=TRITON,
+                     timed="27 (Q8_0) to 185 ms (Q3_K) of a step on an RTX 4090, fused kernels 12 to 26 (modelled)"),
         "none": Way("none: the gguf package is missing", "GGUF files cannot be opened", "pip install gguf"),
     }, by_gguf),
     Feature("Attention Backend", {
         SAGE_2: Way(SAGE_2),
         KITCHEN_INT8: Way(KITCHEN_INT8),
         SAGE_1: Way(SAGE_1),
-        "own": Way("ComfyUI's own attention", "272 instead of 217 ms for an int8 step on an RTX 4090 (modelled); it is full precision", SAGE),
+        "own": Way("ComfyUI's own attention", "it is full precision", SAGE, timed="272 instead of 217 ms for an int8 step on an RTX 4090 (modelled)"),
     }, by_attention),
     Feature("Fused Kernels", {
         "triton": Way("Triton kernels"),
-        "kitchen": Way("GELU in comfy_kitchen's int8 product alone", "more than 214 of 272 ms for an int8 step on an RTX 4090 (modelled)", TRITON),
-        "torch": Way("off", "272 instead of 214 ms for an int8 step on an RTX 4090 (modelled)", TRITON),
+        "kitchen": Way("GELU in comfy_kitchen's int8 product alone", advice=TRITON,
+                       timed="more than 214 of 272 ms for an int8 step on an RTX 4090 (modelled)"),
+        "torch": Way("off", advice=TRITON, timed="272 instead of 214 ms for an int8 step on an RTX 4090 (modelled)"),
     }, by_fused),
 )

@@ -101,6 +101,12 @@ CONTAINERS: tuple[tuple[Callable[[bytes, int], bool], Callable[[Path], WeightFil
 )
 
 
+def whole_numbers(name: str, key: str, tensor: Tensor) -> BadFile:
+    """The error where a tensor of the file `name` has whole numbers, and the model's has none."""
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return BadFile(f"'{name}': '{key}' holds {kind}, and its model has fractions there; the file is damaged or of a format that is not read")
+
+
 def json_of(text: str | bytes, whose: str) -> dict:
     """A JSON object out of a header; BadFile names `whose` it is."""
     if len(text) > MOST_METADATA * 16:

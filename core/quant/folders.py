@@ -5,6 +5,8 @@ from pathlib import Path
 
 import folder_paths
 
+from ..knob import shown
+
 SAFE = (".safetensors", ".sft", ".gguf")    # a pickle may run code when it is opened
 PLANS = "plans"
 NAME = re.compile(r"\w[\w .-]{0,79}")
@@ -24,9 +26,11 @@ def model_files(kind: str = "diffusion_models") -> list[str]:
 def model_path(name: str, kind: str = "diffusion_models") -> Path:
     """The file behind a name of the menu. Other names are refused, so that no path leaves the folders."""
     key = with_gguf(kind)
-    path = folder_paths.get_full_path(key, name) if name in folder_paths.get_filename_list(key) else None
-    if path is None:
+    if name not in folder_paths.get_filename_list(key):
         raise ValueError(f"'{str(name)[:100]}' is not among the files of the folder {kind}; choose one from the menu, or press R to have it read anew")
+    path = folder_paths.get_full_path(key, name)
+    if path is None:
+        raise ValueError(f"'{name[:100]}' is a link in the folder {kind} that leads to no file; put the file back to where it leads, or choose another")
     return Path(path)
 
 
@@ -43,7 +47,9 @@ def stamp(name: str, kind: str = "diffusion_models") -> str:
 
 
 def output_path(prefix: str) -> Path:
-    """A file that is not there yet, numbered as the host's are."""
+    """A file that is not there yet, numbered as the host's are. The host would make a hidden file of a prefix without a name."""
+    if not isinstance(prefix, str) or not os.path.basename(os.path.normpath(prefix)).strip(". "):
+        raise ValueError(f"filename_prefix is '{shown(prefix)}', which names no file; end it with a name, such as diffusion_models/reprise")
     folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
     return Path(folder) / f"{name}_{counter:05}_.safetensors"
 
@@ -64,7 +70,7 @@ def plan_path(name: str) -> Path:
 
 def new_plan(name: str) -> Path:
     """A place for a plan. Its name is a file's name and no path."""
-    if not NAME.fullmatch(name):
+    if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ValueError(f"name is '{str(name)[:100]}'; a plan's name is 1 to 80 letters, digits, blanks, dots, - and _, the first a letter or digit")
     plans_folder().mkdir(parents=True, exist_ok=True)
     return plans_folder() / f"{name}.json"

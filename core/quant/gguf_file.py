@@ -16,6 +16,13 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F
 ARCHITECTURE = "general.architecture"
 TEXT_MODELS = ("t5", "t5encoder", "qwen2", "qwen2vl", "qwen3", "qwen3vl", "llama", "gemma2", "gemma3", "mistral3", "clip")    # and no picture models
 
+ANY = "pig"     # what one converter writes into every file
+ARCHITECTURES: dict[str, tuple[str, ...]] = {       # general.architecture, as files for ComfyUI have it -> families of the host, "" being all without a name
+    "flux": ("flux", "flux2", "chroma", "chroma_radiance"), "lumina2": ("lumina2",), "z_image": ("lumina2",), "sd3": ("sd3",),
+    "qwen_image": ("qwen_image",), "wan": ("wan2.1",), "ltxv": ("ltxv", "ltxav"), "hyvid": ("hunyuan_video",), "hidream": ("hidream", "hidream_o1"),
+    "cosmos": ("cosmos", "cosmos_predict2", "anima"), "aura": ("",), "sd1": ("",), "sdxl": ("",),
+}
+
 
 def package(path: Path):
     """The `gguf` package; BadFile where it is not installed."""
@@ -86,3 +93,15 @@ def refuse_text_model(file: WeightFile) -> None:
     told = file.metadata.get(ARCHITECTURE, "")
     if told in TEXT_MODELS:
         raise BadFile(f"'{file.name}' is a text model ('{told}'), and a diffusion model was expected; load it with GGUF Text Encoder Loader")
+
+
+def strange_architecture(file: WeightFile, family: str) -> str:
+    """A sentence where a GGUF file says that it is another model than its tensors are, which decide. family: the host's, "" where it has no name."""
+    told = file.metadata.get(ARCHITECTURE) if file.container == "gguf" else None
+    if told is None or told == ANY or plainly(told) == plainly(family) or family in ARCHITECTURES.get(plainly(told), ()):
+        return ""
+    return f"the file says it is '{told[:100]}' and its tensors are those of {family or 'a UNet'}, as which it was loaded"
+
+
+def plainly(name: str) -> str:
+    return name.lower().replace("-", "_")

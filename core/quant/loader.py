@@ -24,16 +24,16 @@ from .detect import detect, without_prefix
 from .files import BadFile, WeightFile, open_file
 from .formats import layers_of
 from .formats.svdquant import KIND
-from .gguf_file import refuse_text_model
+from .gguf_file import refuse_text_model, strange_architecture
 from .layer import Layer
 from .packed import own_product
 from .packed_ops import packed_ops
 from .plan import Settings, plan
 from .sensitive import matches
-from .svdquant.served import NATIVE, NOT, served
+from .svdquant.served import NATIVE, served
 
 log = logging.getLogger("reprise")
-METADATA = "reprise.metadata"
+METADATA, TYPES = "reprise.metadata", "reprise.types"     # attachments, for saving
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def load_file(file: WeightFile, settings: Settings, disable_dynamic: bool = Fals
     began = time.perf_counter()
     file = stripped(file)
     layers, rest = layers_of(file)
-    if settings.format != "auto" and settings.format not in {layer.format for layer in layers.values()}:
+    if settings.format != "auto" and all(layer.format != settings.format for layer in layers.values()):
         found = ", ".join(sorted({layer.format for layer in layers.values()})) or "no layer"
         raise BadFile(f"'{file.name}' has {found}, and {settings.format} was asked for; choose format auto")
     shapes = {**rest, **{f"{name}.weight": torch.empty(layer.shape, dtype=torch.bfloat16, device="meta") for name, layer in layers.items()}}
@@ -83,17 +83,20 @@ def load_file(file: WeightFile, settings: Settings, disable_dynamic: bool = Fals
     device = torch.device("cpu") if settings.device == "cpu" else comfy.model_management.get_torch_device()
     targets = plan(layers, linears, family, settings, *abilities(device))
     idle = [pattern for pattern in settings.exclude if not any(matches(name, (pattern,)) for name in layers)]
-    warnings = (*unfit(layers, targets, device, file.name), *(f"'{pattern}' excludes no layer" for pattern in idle))
+    strange = strange_architecture(file, family)
+    warnings = (*unfit(layers, targets, device, file.name), *([strange] if strange else ()), *(f"'{pattern}' excludes no layer" for pattern in idle))
     options = {"load_device": device, "offload_device": torch.device("cpu")} if settings.device == "cpu" else {}
     dtype = comfy.model_management.unet_manual_cast(None, device, config.supported_inference_dtypes)
     sd = state_dict(layers, rest, targets, dtype, device)
     own = own_product(device) and any(target == "int8" or target == "stored" and layers[name].format == "int8_tensorwise" for name, target in targets.items())
     if own or {"packed", "packed int8"} & set(targets.values()):
         options["custom_operations"] = packed_ops(dtype, own=own)
+    types = {key: tensor.dtype for key, tensor in sd.items()}
     patcher = comfy.sd.load_diffusion_model_state_dict(sd, model_options=options, metadata=file.metadata, disable_dynamic=disable_dynamic)
     if patcher is None:
         raise BadFile(f"'{file.name}' is no diffusion model that ComfyUI knows; choose a file of models/diffusion_models")
     patcher.set_attachments(METADATA, dict(file.metadata))      # some models cannot be told without it, so saving keeps it
+    patcher.set_attachments(TYPES, types)
     size = file.path.stat().st_size if file.path.is_file() else sum(layer.nbytes for layer in layers.values())
     formats = {name: layer.format for name, layer in layers.items()}
     return patcher, Loaded(file.name, family, targets, formats, size, time.perf_counter() - began, warnings)
@@ -107,12 +110,10 @@ def abilities(device: torch.device) -> tuple[bool, frozenset[str]]:
 
 
 def unfit(layers: Mapping[str, Layer], targets: Mapping[str, str], device: torch.device, name: str) -> tuple[str, ...]:
-    """What the user is to know of packed layers that the device computes slowly. BadFile where it cannot compute them at all."""
+    """What the user is to know of packed layers that the device computes slowly."""
     told = []
     for form in sorted({layers[layer].format for layer, target in targets.items() if target == "packed"} & set(KIND)):
         how, sentence = served(device, KIND[form])
-        if how == NOT:
-            raise BadFile(f"'{name}': {sentence}")
         if how != NATIVE:
             told.append(sentence)
             log.warning("Reprise: '%s': %s", name, sentence)

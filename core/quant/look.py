@@ -1,5 +1,6 @@
 """Looks at the machine that we run on. What a question ends in is told in a phrase, never as a raw error."""
 import logging
+import os
 import platform
 from collections.abc import Mapping
 
@@ -20,6 +21,8 @@ COMFYUI_RULES = {       # backends of comfy_kitchen that ComfyUI switches off by
     "cuda": "ComfyUI switched it off, as it does where torch is not built for CUDA 13 or newer",
     "triton": "ComfyUI switches it on only when started with --enable-triton-backend",
 }
+BUILDS = {"cuda": ("CUDA", lambda: torch.version.cuda), "hip": ("ROCm", lambda: torch.version.hip)}     # what torch must be built for
+NO_HIP = "COMFY_KITCHEN_DISABLE_HIP"
 
 
 def look(device: torch.device | None = None, compiling: bool = True, importing: bool = True) -> Machine:
@@ -80,7 +83,21 @@ def why_off(name: str, state: Mapping) -> str:
         return ""
     if state["disabled"] and state["available"]:
         return COMFYUI_RULES.get(name, "it was switched off")
-    return "it does not load here, or this torch and GPU are not for it"
+    return why_missing(name)
+
+
+def why_missing(name: str) -> str:
+    """Of a backend that comfy_kitchen could not set up, asked in the order in which a user can mend it."""
+    if name in BUILDS and BUILDS[name][1]() is None:
+        return f"this torch is not built for {BUILDS[name][0]}"
+    if name == "hip" and os.environ.get(NO_HIP) == "1":
+        return f"{NO_HIP} switches it off"
+    if name == "triton" and isinstance(why := imported("triton"), str):
+        return f"Triton is {why}"
+    if name in (*BUILDS, "triton") and not torch.cuda.is_available():
+        return "torch finds no GPU for it"
+    module = imported(f"comfy_kitchen.backends.{name}")
+    return "it has no kernels for this GPU" if getattr(module, "_EXT_AVAILABLE", False) else "its compiled part does not load here"
 
 
 def serving(device: torch.device) -> dict[str, str]:

@@ -11,10 +11,11 @@ A saved plan (Quantization Report) says so layer by layer and stands above all t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..knob import shown
 from .files import BadFile, json_of
 from .layer import Layer
 from .sensitive import is_sensitive, matches
@@ -41,6 +42,17 @@ class Settings:
         for what, chosen, known in (("compute", self.compute, COMPUTE), ("device", self.device, DEVICES)):
             if chosen not in known:
                 raise ValueError(f"unknown {what} '{str(chosen)[:100]}'; known: {', '.join(known)}")
+        if isinstance(self.exclude, str) or not isinstance(self.exclude, Sequence) or not all(isinstance(pattern, str) for pattern in self.exclude):
+            raise ValueError(f"exclude is '{shown(self.exclude)}'; patterns of layer names were expected, or nothing")
+        if not isinstance(self.layers, Mapping):
+            raise ValueError(f"layers is '{shown(self.layers)}'; a plan was expected, a target for each layer by its name, or nothing")
+
+
+def patterns(text: str) -> tuple[str, ...]:
+    """Those of "double_blocks.0.*, *txt_mlp*"."""
+    if not isinstance(text, str):
+        raise ValueError(f"exclude is '{shown(text)}'; a text of patterns was expected, such as 'double_blocks.0.*, *txt_mlp*', or an empty one")
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def plan(
@@ -87,6 +99,8 @@ def read_plan(path: Path) -> dict[str, str]:
     layers = content.get("layers")
     if content.get("kind") != "reprise quantization plan" or not isinstance(layers, dict):
         raise BadFile(f"'{path.name}' is JSON, and no plan of Quantization Report")
+    if not layers:
+        raise BadFile(f"'{path.name}' is a plan without layers, which would change nothing; save one with Quantization Report, or choose none")
     for name, where in layers.items():
         if where not in TARGETS:
             raise BadFile(f"'{path.name}': '{name}' is to become {where!r}; known: {', '.join(TARGETS)}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
+import torch
 from comfy.quant_ops import QuantizedTensor
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from . import transcode
 from .blocks import rotation_group
 from .layer import Layer
-from .loader import METADATA
+from .loader import METADATA, TYPES
 from .packed_ops import is_packed
 from .svdquant.header import SAID
 
@@ -65,7 +66,8 @@ def state_dict(patcher) -> tuple[dict[str, Tensor], dict[str, str]]:
                 turned[name] = was
             sd |= {name + end: piece for end, piece in quantized(patched(patcher, key, module, module.weight), name, stored).items()}
         bar.update_absolute(done)
-    return {key: plain(tensor) for key, tensor in sd.items()}, turned
+    types = patcher.get_attachment(TYPES) or {}
+    return {key: as_it_came(plain(tensor), types.get(key)) for key, tensor in sd.items()}, turned
 
 
 def patched(patcher, key: str, module: nn.Module, tensor: Tensor) -> Tensor:
@@ -88,6 +90,14 @@ def quantized(weight: Tensor, name: str, stored: dict[str, Tensor]) -> dict[str,
     if weight._layout_cls == "TensorWiseINT8Layout":        # perhaps what a LoRA made of a packed layer
         mark = transcode.int8_mark(weight._params.convrot_groupsize if weight._params.convrot else 0)
     return weight.state_dict(".weight") | {".comfy_quant": mark}
+
+
+def as_it_came(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """In the type that the file had, where all values fit into it: the host holds tensors in the type that it computes in, fp32 on a CPU."""
+    if dtype is None or dtype == tensor.dtype or not tensor.is_floating_point() or dtype.itemsize > tensor.dtype.itemsize:
+        return tensor
+    kept = tensor.to(dtype)
+    return kept if torch.equal(kept.to(tensor.dtype), tensor) else tensor
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from .files import BadFile, WeightFile, open_file
+from .files import BadFile, WeightFile, open_file, whole_numbers
 from .formats import layers_of
 from .gguf_file import expect_architecture
 from .packed_ops import packed_ops
@@ -51,7 +51,11 @@ def state_dict(file: WeightFile) -> dict:
     names = names_of(expect_architecture(file, KNOWN, "a text encoder", "a diffusion model goes to Quantized Model Loader"))
     layers, rest = layers_of(file)
     weights = {f"{name}.weight": layer.packed(DTYPE) if layer.packed is not None else layer.host[".weight"] for name, layer in layers.items()}
-    return renamed(rest | weights, names, file.name)
+    tensors = renamed(rest | weights, names, file.name)
+    for key, tensor in tensors.items():
+        if not tensor.dtype.is_floating_point:
+            raise whole_numbers(file.name, key, tensor)
+    return tensors
 
 
 def line(clip: comfy.sd.CLIP, paths: Sequence[Path]) -> str:

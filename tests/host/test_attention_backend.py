@@ -160,7 +160,7 @@ def test_a_backend_that_is_not_installed_is_one_sentence_that_says_what_to_do(na
 def test_the_menu_is_the_registry():
     [menu] = [entry for entry in AttentionBackend.define_schema().inputs if entry.id == "backend"]
     assert menu.options == list(CHOICES) == ["automatic", "off", *BACKENDS]
-    with pytest.raises(ValueError, match="unknown attention backend 'sage'; known: SageAttention 2"):
+    with pytest.raises(ValueError, match="unknown attention backend 'sage'; known: automatic, off, SageAttention 2"):
         AttentionBackend.execute(model("flux"), backend="sage")
 
 

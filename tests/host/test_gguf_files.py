@@ -5,6 +5,7 @@ import sys
 import time
 import tracemalloc
 
+import comfy.supported_models
 import gguf
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from pack.core.quant.blocks import TYPES, values
 from pack.core.quant.files import BadFile, open_file
 from pack.core.quant.formats import layers_of
-from pack.core.quant.gguf_file import expect_architecture, refuse_text_model
+from pack.core.quant.gguf_file import ANY, ARCHITECTURES, expect_architecture, refuse_text_model, strange_architecture
 from testbed.gguf_files import K_QUANTS, block, encoded, write
 
 # relative L2 error of Gaussian weights: what the format allows, and no more than a tenth above it
@@ -187,6 +188,56 @@ def test_text_models_and_diffusion_models_are_told_apart(tmp_path):
     refuse_text_model(picture)
     with pytest.raises(BadFile, match="'lumina2', and a text encoder"):
         expect_architecture(picture, ("t5", "qwen3"), "a text encoder", "load it with Quantized Model Loader")
+
+
+SCALES = {"Q8_0": {0: "d"}, "Q4_0": {0: "d"}, "Q5_0": {0: "d"}, "Q4_1": {0: "d", 2: "m"}, "Q5_1": {0: "d", 2: "m"}, "Q4_K": {0: "d", 2: "dmin"},
+          "Q5_K": {0: "d", 2: "dmin"}, "Q6_K": {208: "d"}, "Q3_K": {108: "d"}, "Q2_K": {80: "d", 82: "dmin"}}     # ggml's structs: byte -> fp16 field
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize(("type", "at"), [(type, at) for type in TYPES for at in SCALES[type]])
+@pytest.mark.parametrize("key", ["double_blocks.0.img_attn.qkv.weight", "norm.bias"])
+def test_a_block_whose_scale_is_no_number_is_refused_with_its_layer(key, type, at, value, tmp_path):
+    blocks = encoded(weights(4, 3 * block(type)) if key.endswith("weight") else weights(3 * block(type)), type)
+    layers_of(open_file(write(tmp_path / "good.gguf", {key: (blocks, type)})))
+    size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type]][1]
+    for index in (1, 2):
+        blocks.reshape(-1, size)[index, at:at + 2] = np.array([value], np.float16).view(np.uint8)
+    with pytest.raises(BadFile) as caught:
+        layers_of(open_file(write(tmp_path / "bad.gguf", {"a.weight": (weights(2, 256), type), key: (blocks, type)})))
+    assert str(caught.value) == (
+        f"'bad.gguf': '{key}' is stored as {type}, and 2 of its blocks have scales that are no numbers; download the file again")
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_largest_scales_and_whatever_numbers_lie_beside_them_are_read(type, tmp_path):
+    """All bytes are tried but those of the scales, which are the largest that fp16 holds."""
+    size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type]][1]
+    blocks = np.random.default_rng(2).integers(0, 256, (64, size), np.uint8)
+    blocks[:8] = 255
+    for at in SCALES[type]:
+        blocks[:, at:at + 2] = np.array([-65504], np.float16).view(np.uint8)
+    layers, _ = layers_of(open_file(write(tmp_path / "model.gguf", {"a.weight": (blocks, type)})))
+    assert layers["a"].rows(0, 64).isfinite().all()
+
+
+@pytest.mark.parametrize("told", ["sd1", "zzz", "wan", "z" * 500])
+def test_a_file_that_says_it_is_another_model_is_told_as_such(told, tmp_path):
+    file = open_file(write(tmp_path / "model.gguf", {"a.weight": weights(2, 32)}, told))
+    assert strange_architecture(file, "flux") == f"the file says it is '{told[:100]}' and its tensors are those of flux, as which it was loaded"
+    assert "of a UNet" in strange_architecture(file, "") or told == "sd1"
+
+
+@pytest.mark.parametrize(("told", "family"), [(told, family) for told, families in ARCHITECTURES.items() for family in families])
+def test_a_name_that_files_for_comfyui_have_is_no_remark(told, family, tmp_path):
+    known = {config.unet_config.get("image_model", "") for config in comfy.supported_models.models} | {"sd3"}
+    assert family in known
+    for name in (told, told.upper(), told.replace("_", "-"), family or told, ANY):
+        assert not strange_architecture(open_file(write(tmp_path / "model.gguf", {"a.weight": weights(2, 32)}, name)), family)
+
+
+def test_a_file_that_does_not_say_what_it_is_is_no_remark(tmp_path):
+    assert not strange_architecture(open_file(file_of(tmp_path, (), [info()])), "flux")
 
 
 # hostile ---------------------------------------------------------------------------------------------------------------

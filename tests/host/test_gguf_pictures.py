@@ -191,3 +191,25 @@ def test_a_layer_of_z_image_at_its_real_width(type, tmp_path):
     wanted = inputs @ layer.rows(0, 10240).T
     for weight, most in ((layer.packed(torch.float32), 1e-6), (layer.packed_int8(torch.float32), 0.015)):
         assert float((torch.nn.functional.linear(inputs, weight) - wanted).norm() / wanted.norm()) < most
+
+
+def test_a_file_with_the_name_of_another_model_is_loaded_by_its_tensors_and_told(tmp_path):
+    _, told = loaded(file(tmp_path, "flux", "Q8_0", "sd1"))
+    assert told.warnings == ("the file says it is 'sd1' and its tensors are those of flux, as which it was loaded",) and told.warnings[0] in told.line()
+    assert not loaded(file(tmp_path, "flux", "Q8_0"))[1].warnings
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32, np.int64], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("key", ["img_in.bias", "double_blocks.0.img_attn.norm.query_norm.weight", "img_in.weight"])
+def test_whole_numbers_where_a_model_has_fractions_are_refused(key, dtype, tmp_path):
+    tensors, _ = quantized.read("flux")
+    path = write(tmp_path / "model.gguf", {name: tensor.numpy().astype(dtype) if name == key else tensor.numpy() for name, tensor in tensors.items()})
+    with pytest.raises(BadFile, match=f"'model.gguf': '{key}' holds {dtype.__name__}, and its model has fractions there"):
+        loaded(path)
+
+
+@pytest.mark.parametrize("key", ["img_in.bias", "double_blocks.0.img_attn.norm.query_norm.weight", "img_in.weight"])
+def test_doubles_are_read_as_the_floats_they_are(key, tmp_path):
+    tensors, _ = quantized.read("flux")
+    path = write(tmp_path / "model.gguf", {name: tensor.double().numpy() if name == key else tensor.numpy() for name, tensor in tensors.items()})
+    assert torch.equal(loaded(path, compute="host")[0].model.diffusion_model.get_parameter(key).float(), tensors[key].float())

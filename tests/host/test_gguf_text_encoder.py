@@ -126,6 +126,13 @@ REFUSED = {
     "a diffusion model": (dict(name="qwen", architecture="flux"), "Quantized Model Loader"),
     "another text model": (dict(name="qwen", architecture="llama"), "'llama'"),
     "a tensor of no such model": (dict(name="qwen", extra={"blk.0.ssm_a.weight": np.zeros((4, 32), np.float32)}), "blk.0.ssm_a.weight"),
+    "a norm of whole numbers": (
+        dict(name="qwen", extra={"blk.0.attn_norm.weight": np.ones(2560, np.int32)}), "'model.layers.0.input_layernorm.weight' holds int32"),
+    "a layer of whole numbers": (
+        dict(name="t5", extra={"enc.blk.2.attn_q.weight": np.ones((32, 32), np.int64)}), "'encoder.block.2.layer.0.SelfAttention.q.weight' holds int64"),
+    "a scale that is no number": (
+        dict(name="t5", extra={"enc.blk.2.attn_q.weight": (np.full((32, 34), 255, np.uint8), "Q8_0")}),
+        "'enc.blk.2.attn_q.weight' is stored as Q8_0, and 32 of"),
     "umT5": (dict(name="t5", extra={"enc.blk.1.attn_rel_b.weight": np.zeros((32, 2), np.float32)}), "umT5"),
 }
 

@@ -1,6 +1,7 @@
 """How the Doctor looks at the machine it runs on: asked of the host and of comfy_kitchen, told without a raw error."""
 import asyncio
 import sys
+import types
 
 import comfy.model_management as management
 import comfy_kitchen
@@ -102,6 +103,43 @@ def test_why_a_backend_is_off_is_told_in_words(kitchen):
     told = look(CPU).kitchen
     assert "CUDA 13" in told["cuda"] and "--enable-triton-backend" in told["triton"] and told[EAGER] == ""
     assert told["hip"] and SECRET not in told["hip"]
+
+
+OFF = {     # backend, what torch was built for, whether it finds a GPU, whether the backend's compiled part loads -> why it is off
+    "cuda without CUDA": ("cuda", {}, False, True, "this torch is not built for CUDA"),
+    "cuda without a GPU": ("cuda", {"cuda": "13.0"}, False, True, "torch finds no GPU for it"),
+    "cuda that does not load": ("cuda", {"cuda": "13.0"}, True, False, "its compiled part does not load here"),
+    "hip without ROCm": ("hip", {"cuda": "13.0"}, True, True, "this torch is not built for ROCm"),
+    "hip without a GPU": ("hip", {"hip": "7.0"}, False, True, "torch finds no GPU for it"),
+    "hip that does not load": ("hip", {"hip": "7.0"}, True, False, "its compiled part does not load here"),
+    "hip for other GPUs": ("hip", {"hip": "7.0"}, True, True, "it has no kernels for this GPU"),
+    "triton without a GPU": ("triton", {}, False, None, "torch finds no GPU for it"),
+    "a backend of a later day": ("tpu", {"cuda": "13.0"}, True, None, "its compiled part does not load here"),
+}
+
+
+@pytest.mark.parametrize("case", OFF)
+def test_a_backend_that_could_not_be_set_up_says_the_one_reason(case, kitchen, monkeypatch):
+    name, built, there, loads, why = OFF[case]
+    kitchen(unavailable={name: SECRET})
+    monkeypatch.setattr(torch.version, "cuda", built.get("cuda"))
+    monkeypatch.setattr(torch.version, "hip", built.get("hip"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    module = types.ModuleType(f"comfy_kitchen.backends.{name}")
+    if loads is not None:
+        module._EXT_AVAILABLE = loads
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert look(CPU).kitchen[name] == why
+
+
+def test_a_backend_that_lacks_triton_or_was_switched_off_by_its_variable_says_so(kitchen, monkeypatch):
+    kitchen(unavailable={"hip": SECRET, "triton": SECRET})
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setenv("COMFY_KITCHEN_DISABLE_HIP", "1")
+    monkeypatch.setitem(sys.modules, "triton", None)     # an import of it fails
+    told = look(CPU).kitchen
+    assert told["hip"] == "COMFY_KITCHEN_DISABLE_HIP switches it off" and told["triton"].startswith("Triton is ")
 
 
 def test_the_rocm_build_is_known_and_none_of_our_kernels_run_on_it(kitchen, gpu):

@@ -34,6 +34,12 @@ def measured(name, model, score="output error", targets=tuple(TRANSCODERS), **mo
         return measure(**arguments(name, model, **more), cfg=1.0, seed=0, targets=targets, score=score, bar=lambda total: lambda: None)
 
 
+@pytest.mark.parametrize("name", [None, 5, ["plan"]], ids=str)
+def test_a_plans_name_that_is_no_text_is_a_sentence(name):
+    with pytest.raises(ValueError, match="a plan's name is 1 to 80 letters"):
+        QuantizationReport.execute(*[None] * 6, name=name)
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     return {name: write(name, "fp16", tmp_path_factory.mktemp(name) / "model.safetensors") for name in NAMES}

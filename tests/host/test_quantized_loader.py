@@ -3,17 +3,25 @@ import re
 
 import comfy.model_management
 import comfy.sd
+import folder_paths
 import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
 from quantized import WRITERS, drawn, nearness, read, write
 from safetensors.torch import save_file
 
+from pack.core.quant import folders
 from pack.core.quant.files import BadFile
 from pack.core.quant.formats import known_formats
 from pack.core.quant.loader import Loaded, load
 from pack.core.quant.plan import COMPUTE, TARGETS, Settings, read_plan, write_plan
 from pack.core.quant.sensitive import SENSITIVE
+from pack.nodes._api import io
+from pack.nodes.attention_backend import AttentionBackend
+from pack.nodes.fused_kernels import FusedKernels
+from pack.nodes.gguf import GGUFTextEncoderLoader
+from pack.nodes.quantization_report import QuantizationReport
+from pack.nodes.quantized import QuantizedModelLoader
 
 NAMES = ("flux", "z_image")
 NEAR = {"fp": 60, "bf": 60, "float8_e4m3fn": 35, "float8_e5m2": 30, "int8": 40, "nvfp4": 28, "mxfp8": 35}    # dB
@@ -23,6 +31,15 @@ NEAR = {"fp": 60, "bf": 60, "float8_e4m3fn": 35, "float8_e5m2": 30, "int8": 40, 
 def full(tmp_path_factory) -> dict[str, list]:
     """The pictures of the models at full precision, by the stock loader."""
     return {name: drawn(name, stock(write(name, "fp16", tmp_path_factory.mktemp(name) / "full.safetensors")), 1) for name in NAMES}
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """A folder of diffusion models and text encoders with one file in it."""
+    for kind in ("diffusion_models", "text_encoders"):
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path)], {".safetensors"}))
+    write("flux", "fp16", tmp_path / "model.safetensors")
+    return tmp_path
 
 
 def stock(path):
@@ -112,7 +129,7 @@ def test_a_plan_stands_above_everything_and_one_for_another_model_is_refused(tmp
 KIND = '{"kind": "reprise quantization plan", "layers": '
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", KIND + "[]}", KIND + '{"a": "x"}}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", KIND + "[]}", KIND + "{}}", KIND + '{"a": "x"}}'])
 def test_a_plan_that_is_none_is_one_sentence(text, tmp_path):
     path = tmp_path / "plan.json"
     path.write_text(text, encoding="utf-8")
@@ -161,6 +178,48 @@ def test_a_plan_cannot_make_a_model_that_does_not_run(layer, tmp_path):
 def test_settings_that_do_not_exist_are_named(settings, tmp_path):
     with pytest.raises(ValueError, match=r"unknown (device|compute) '.*'; known: "):
         loaded(tmp_path / "model.safetensors", **settings)
+
+
+MENUS = [(node, entry.id) for node in (QuantizedModelLoader, GGUFTextEncoderLoader, QuantizationReport, AttentionBackend, FusedKernels)
+         for entry in node.GET_SCHEMA().inputs if isinstance(entry, io.Combo.Input)]
+
+
+@pytest.mark.parametrize("value", [None, "x", []], ids=str)
+@pytest.mark.parametrize(("node", "menu"), MENUS, ids=lambda value: getattr(value, "__name__", value))
+def test_what_is_in_no_menu_is_a_sentence_from_a_script_too(node, menu, value, shelf):
+    needed = {QuantizedModelLoader: {"model_name": "model.safetensors"}, GGUFTextEncoderLoader: {"text_encoder": "model.safetensors", "type": "flux"},
+              QuantizationReport: dict.fromkeys(("model", "positive", "negative", "sampler", "sigmas", "latent_image"))}
+    with torch.inference_mode(), pytest.raises(ValueError) as caught:
+        node.execute(**{**needed.get(node, {"model": None}), menu: value})
+    sentence = str(caught.value)
+    assert "\n" not in sentence and len(sentence) < 400
+    assert str(value) in sentence and re.search("choose|known: ", sentence)
+
+
+@pytest.mark.parametrize("value", [None, 5, ["a"]], ids=str)
+def test_patterns_that_are_no_text_are_a_sentence(value, shelf):
+    with pytest.raises(ValueError, match=r"exclude is '.*'; a text of patterns was expected"):
+        QuantizedModelLoader.execute("model.safetensors", exclude=value)
+
+
+@pytest.mark.parametrize(("settings", "sentence"), [
+    ({"exclude": None}, "exclude is 'None'; patterns"), ({"exclude": "img_in"}, "exclude is 'img_in'; patterns"),
+    ({"exclude": (1,)}, r"exclude is '\(1,\)'; patterns"),
+    ({"layers": None}, "layers is 'None'; a plan"), ({"layers": ["img_in"]}, r"layers is '.*img_in.*'; a plan")])
+def test_settings_of_another_kind_are_a_sentence(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Settings(**settings)
+
+
+@pytest.mark.parametrize("kind", ["diffusion_models", "text_encoders"])
+def test_a_link_that_leads_nowhere_is_told_as_such(kind, shelf):
+    (shelf / "gone.safetensors").symlink_to(shelf / "nothing.safetensors")
+    assert "gone.safetensors" in folders.model_files(kind)
+    with pytest.raises(ValueError, match=f"'gone.safetensors' is a link in the folder {kind} that leads to no file; put the file back"):
+        if kind == "diffusion_models":
+            QuantizedModelLoader.execute("gone.safetensors")
+        else:
+            GGUFTextEncoderLoader.execute("gone.safetensors", "flux")
 
 
 def test_a_reload_without_dynamic_memory_does_the_same_again(tmp_path):

@@ -3,15 +3,18 @@ import json
 
 import comfy.model_management
 import comfy.sd
+import folder_paths
 import pytest
 import torch
 from quantized import drawn, read, write
 from safetensors import safe_open
 from test_quantized_loader import loaded, lora, stock
 
+from pack.core.quant import folders
 from pack.core.quant.files import open_file
 from pack.core.quant.formats import layers_of
 from pack.core.quant.save import TRANSCODED, save
+from pack.nodes.quantized import SaveQuantizedModel
 
 
 def saved(model, path):
@@ -84,3 +87,43 @@ def test_the_tensors_are_those_that_the_host_saves_itself(tmp_path):
         assert set(file.keys()) == set(theirs)
         layer = next(name for name, target in told.layers.items() if target == "int8")
         assert json.loads(bytes(file.get_tensor(f"{layer}.comfy_quant").numpy()))["format"] == "int8_tensorwise"
+
+
+@pytest.mark.parametrize("compute", ["int8", "host"])
+@pytest.mark.parametrize("form", ["fp16", "bf16", "float8_e4m3fn", "float8_e4m3fn scaled"])
+def test_what_was_not_changed_is_saved_in_the_type_and_with_the_bits_of_the_file(form, compute, tmp_path):
+    path = write("flux", form, tmp_path / "model.safetensors")
+    model, told = loaded(path, compute=compute)
+    before, after = open_file(path).tensors, open_file(saved(model, tmp_path / "out.safetensors")).tensors
+    turned = {layer for layer, target in told.layers.items() if target != "stored"}
+    kept = [key for key in before if key.rpartition(".")[0] not in turned and before[key].is_floating_point()]
+    assert len(kept) > 40
+    for key in kept:
+        assert after[key].dtype == before[key].dtype and torch.equal(after[key].float(), before[key].float()), key
+    if compute == "host":
+        assert (tmp_path / "out.safetensors").stat().st_size < 1.02 * path.stat().st_size
+
+
+def test_what_a_lora_changed_is_saved_with_all_its_digits(tmp_path):
+    path = write("flux", "fp16", tmp_path / "model.safetensors")
+    model, _ = loaded(path, compute="host")
+    with torch.inference_mode():
+        patch = lora(stock(path))
+        changed = comfy.sd.load_lora_for_models(model, None, patch, 1.0, 0)[0]
+    after = open_file(saved(changed, tmp_path / "out.safetensors")).tensors
+    layers = {key.removeprefix("diffusion_model.").replace(".lora_up", "") for key in patch if "lora_up" in key}
+    assert {after[key].dtype for key in layers} == {model.model.diffusion_model.img_in.weight.dtype}
+    assert {after[key].dtype for key in after if key not in layers} == {torch.float16}
+
+
+@pytest.mark.parametrize("prefix", ["", ".", "..", "/", " ", "a/..", "./", None, 5])
+def test_a_prefix_without_a_name_is_refused_and_nothing_is_written(prefix, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    with pytest.raises(ValueError, match="filename_prefix is '.*', which names no file; end it with a name, such as diffusion_models/reprise"):
+        SaveQuantizedModel.execute(None, prefix)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prefix_that_ends_in_a_slash_names_the_file_as_at_the_hosts_nodes(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    assert folders.output_path("a/b/") == tmp_path / "a" / "b_00001_.safetensors"

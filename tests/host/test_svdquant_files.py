@@ -269,13 +269,6 @@ def test_a_device_that_only_emulates_is_told_before_anything_is_packed(written, 
     assert not loaded("flux", written("flux", kind="int4"), tmp_path, compute="int8")[1].warnings
 
 
-def test_a_device_that_cannot_is_told_in_a_sentence_and_nothing_is_packed(written, tmp_path, monkeypatch):
-    monkeypatch.setattr(loader, "served", lambda device, kind: Served("not at all", "Card 1 is too old; choose compute int8"))
-    monkeypatch.setattr(loader, "state_dict", lambda *args: pytest.fail("it was loaded"))
-    with pytest.raises(BadFile, match="'svdq.safetensors': Card 1 is too old; choose compute int8"):
-        loaded("flux", written("flux", kind="int4"), tmp_path)
-
-
 @pytest.mark.parametrize(("how", "target"), [("native", "packed"), ("emulated", "int8")])
 def test_left_to_itself_a_file_stays_packed_where_that_is_fast_and_becomes_int8_elsewhere(how, target, written, monkeypatch):
     monkeypatch.setattr(loader, "served", lambda device, kind: Served(how, "" if how == "native" else "slow"))

@@ -3,15 +3,23 @@
 The files come from nunchaku_files.py, which packs by index and knows nothing of the reader.
 """
 import dataclasses
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
+import comfy_kitchen
 import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
+from comfy_kitchen.backends import eager
+from comfy_kitchen.constraints import FunctionConstraints
+from comfy_kitchen.registry import BackendRegistry
+from comfy_kitchen.tensor import svdquant_w4a4
 from torch.nn import functional as F
 
 from pack.core.quant.files import BadFile, WeightFile
-from pack.core.quant.machine import Capabilities, Machine
+from pack.core.quant.look import look
+from pack.core.quant.machine import EAGER, SVDQUANT, Capabilities, Machine
 from pack.core.quant.svdquant import awq, served, tiles
 from pack.core.quant.svdquant.header import header
 from pack.core.quant.svdquant.stored import SHIFT, take
@@ -331,7 +339,7 @@ def test_modulation_that_does_not_fit_is_told_in_a_sentence(change):
 
 # what a device makes of it -------------------------------------------------------------------------------------------------------
 CARDS = {      # compute capability -> int4, nvfp4
-    (7, 5): ("not at all", "emulated"), (8, 0): ("native", "emulated"), (8, 6): ("native", "emulated"), (8, 9): ("native", "emulated"),
+    (7, 5): ("emulated", "emulated"), (8, 0): ("native", "emulated"), (8, 6): ("native", "emulated"), (8, 9): ("native", "emulated"),
     (9, 0): ("emulated", "emulated"), (10, 0): ("emulated", "native"), (12, 0): ("emulated", "native"),
 }
 
@@ -342,9 +350,9 @@ def test_a_gpu_without_the_units_is_told_before_anything_loads(monkeypatch, capa
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Card 1")
     monkeypatch.setattr(torch.version, "hip", None)
-    machine = Machine(kind="cuda", gpu="Card 1", capability=capability, nvfp4=capability >= (10, 0), serves={"scaled_mm_nvfp4": "cuda"})
+    able = dict.fromkeys(SVDQUANT, "cuda" if capability >= (8, 0) else EAGER)
+    machine = Machine(kind="cuda", gpu="Card 1", capability=capability, nvfp4=capability >= (10, 0), serves={"scaled_mm_nvfp4": "cuda", **able})
     monkeypatch.setattr(served, "capabilities", lambda device: Capabilities.of(machine))
-    monkeypatch.setattr(served.ck, "list_backends", lambda: {"cuda": {"available": True, "disabled": True, "capabilities": [served.OPERATION]}})
     told = served.served(torch.device("cuda", 0), kind)
     assert told.how == CARDS[capability][KINDS.index(kind)]
     assert (told.sentence == "") == (told.how == "native")
@@ -358,13 +366,49 @@ def test_a_machine_without_a_gpu_is_told_that_weights_are_unpacked(kind):
 
 
 def test_comfy_kitchen_without_its_cuda_kernels_is_told(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Card 1")
-    monkeypatch.setattr(served.ck, "list_backends", lambda: {"cuda": {"available": False, "disabled": False, "capabilities": []}})
     machine = Machine(kind="cuda", gpu="Card 1", capability=(8, 9), kitchen={"cuda": "it did not load"})
     monkeypatch.setattr(served, "capabilities", lambda device: Capabilities.of(machine))
     told = served.served(torch.device("cuda", 0), "int4")
     assert told.how == "emulated" and "it did not load" in told.sentence and "compute int8" in told.sentence
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """comfy_kitchen with CUDA kernels as its registry and its own layouts find them. They count their calls and compute as its plain torch."""
+    calls, registry = Counter(), BackendRegistry()
+
+    def counted(name):
+        def call(*given, **named):
+            calls[name] += 1
+            return getattr(eager, name)(*given, **named)
+        return call
+
+    module = SimpleNamespace(**{name: counted(name) for name in SVDQUANT}, _EXT_AVAILABLE=True)
+    for name, backend in (("cuda", module), (EAGER, eager)):
+        registry.register(name, backend, {operation: FunctionConstraints() for operation in SVDQUANT})
+    for owner in (comfy_kitchen, eager.svdquant, eager.awq):
+        monkeypatch.setattr(owner, "registry", registry)
+    monkeypatch.setattr(svdquant_w4a4, "_direct_cuda_backend", lambda *tensors: module)
+    return calls, registry
+
+
+@pytest.mark.parametrize("gelu", (False, True))
+@pytest.mark.parametrize("off", (False, True), ids=("on", "off"))
+def test_cuda_kernels_that_the_host_switched_off_compute_nothing_and_the_doctor_says_the_same(off, gelu, cuda):
+    calls, registry = cuda
+    if off:
+        registry.disable("cuda")
+    packed, x = layer(gelu=gelu), drawn(5, 384).abs()
+    got = F.linear(x, one(packed, gelu).packed(torch.float32), packed.bias)
+    torch.testing.assert_close(got, by_hand(x, packed, gelu), rtol=0, atol=1e-4)
+    modulation = nunchaku.awq(drawn(768, 256) / 16, drawn(768, seed=1), 6)
+    made = awq.take(file(), header(file()), {f"mod.{part}": tensor for part, tensor in modulation.parts.items()}, "mod", 6)
+    F.linear(drawn(3, 256), made.packed(torch.float32))
+    assert calls == ({} if off else dict.fromkeys(SVDQUANT, 1))
+    route = Capabilities.of(look(torch.device("cpu"))).svdquant
+    assert route.by == ("plain torch" if off else "comfy_kitchen cuda")
+    assert (served.served(torch.device("cpu"), "int4").how == "native") is not off
 
 
 def test_the_parameters_of_a_layout_carry_every_tensor_when_they_move():

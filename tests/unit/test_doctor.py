@@ -1,4 +1,5 @@
 """What the Doctor says of machines that are not here, and the README's tables of them."""
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def test_every_probe_has_a_short_answer_for_every_machine(probe, name):
 def test_what_is_said_of_a_feature_is_what_the_readme_says_of_its_way(name):
     for feature in FEATURES.values():
         finding, way = said(MACHINES[name], feature.name), feature.on(MACHINES[name])
-        assert finding.use == way.by and way.cost.lower() in finding.advice.lower()
+        assert finding.use == way.by and way.cost_on(MACHINES[name]).lower() in finding.advice.lower()
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -100,6 +101,19 @@ def test_the_best_way_costs_nothing_and_every_other_one_of_the_machines_tables_i
 def test_the_readme_has_the_tables_of_the_same_records():
     assert machines_table() in README, f"the README's table of machines should be\n{machines_table()}"
     assert costs_table() in README, f"the README's table of costs should be\n{costs_table()}"
+
+
+CARD = re.compile(r"RTX \d|A100|H\d00")
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_figures_of_nvidia_gpus_are_told_to_those_alone_who_have_one(name):
+    machine = MACHINES[name]
+    for feature in FEATURES.values():
+        told, way = said(machine, feature.name).advice, feature.on(machine)
+        assert machine.nvidia or not re.search(r"\d ?ms|\d ?%|A100|RTX \d{4}", told), told
+        assert not machine.nvidia or way.cost.lower() in told.lower()
+        assert not re.search(r"\d ms|\d%", way.cost) or CARD.search(way.cost), "figures say whose they are"
 
 
 def advice(name: str) -> str:

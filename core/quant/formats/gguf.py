@@ -1,6 +1,6 @@
 """GGUF: blocks of 32 or 256 weights with scales of their own. Which types there are: core/quant/blocks.py."""
-from ..blocks import TYPES, values
-from ..files import Blocks, WeightFile
+from ..blocks import TYPES, values, without_scale
+from ..files import BadFile, Blocks, WeightFile
 from ..layer import Layer
 from ..packed import pack
 
@@ -16,6 +16,9 @@ class GGUF:
     def claim(self, file: WeightFile, left: dict):
         for key in [key for key, found in left.items() if isinstance(found, Blocks)]:
             found = left.pop(key)
+            if bad := without_scale(found.bytes, found.type):
+                raise BadFile(f"'{file.name}': '{key}' is stored as {found.type}, and {bad} of its blocks have scales that are no numbers; "
+                              "download the file again")
             rows = found.bytes.shape[0]
             if key.endswith(WEIGHT) and len(found.shape) == 2 and found.shape[0] == rows:
                 yield Layer(

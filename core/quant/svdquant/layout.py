@@ -1,7 +1,7 @@
 """SVDQuant weights that compute: layouts of comfy_kitchen's QuantizedTensor over its 4-bit operations.
 
 A weight is a list of pieces, flat one behind the other in a few tensors, so that the host moves them as it moves any weight.
-int4 runs comfy_kitchen's own SVDQuant layout piece by piece; nvfp4 the host's nvfp4 product, with the branch beside it.
+int4 runs comfy_kitchen's SVDQuant operations piece by piece; nvfp4 the host's nvfp4 product, with the branch beside it.
 
 The shift of unsigned pieces is undone here (`offset`): `F.linear(x, W, b)` is x W^T + b with the W that `dequantize` gives.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import comfy.model_management
+import comfy_kitchen as ck
 import torch
 from comfy.quant_ops import QuantizedLayout, QuantizedTensor, get_layout_class, register_layout_class, register_layout_op
 from comfy_kitchen.float_utils import from_blocked
@@ -19,10 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import tiles
-from .stored import HALF, residual
+from .stored import HALF, SHIFT, residual
 
 INT4_LAYOUT, NVFP4_LAYOUT = "RepriseSVDQuantInt4Layout", "RepriseSVDQuantNVFP4Layout"
-KITCHEN_INT4, HOST_NVFP4 = "TensorCoreSVDQuantW4A4Layout", "TensorCoreNVFP4Layout"
+HOST_NVFP4 = "TensorCoreNVFP4Layout"
 ROWS = 1024     # that stand in single precision at a time
 
 
@@ -166,10 +167,14 @@ class SVDQuantInt4Layout(SVDQuantLayout):
 
     @staticmethod
     def product(x: Tensor, view: View, bias: Tensor | None) -> Tensor:
-        params = get_layout_class(KITCHEN_INT4).Params(
-            scale=view.scale.to(x.dtype), orig_dtype=x.dtype, orig_shape=view.piece[:2], proj_down=view.down, proj_up=view.up,
-            smooth_factor=view.smooth, act_unsigned=view.piece.unsigned)
-        return F.linear(x, QuantizedTensor(view.codes, KITCHEN_INT4, params), bias)
+        """By the backend that comfy_kitchen's registry names. Its own layout passes the registry by and takes the CUDA kernels, even
+        where the host has switched them off because they were built for a newer CUDA than torch."""
+        unsigned = view.piece.unsigned
+        codes, scales, branch = ck.quantize_svdquant_w4a4(
+            x + SHIFT if unsigned else x, smooth=view.smooth, lora_down=view.down, act_unsigned=unsigned, lora_x=x if unsigned else None)
+        return ck.scaled_mm_svdquant_w4a4(
+            act=codes, wgt=view.codes, ascales=scales, wscales=view.scale.to(x.dtype), lora_act_in=branch, lora_up=view.up, bias=bias,
+            act_unsigned=unsigned)[:len(x)]
 
 
 class SVDQuantNVFP4Layout(SVDQuantLayout):
