@@ -1,6 +1,4 @@
 """Q and K of FLUX, from the packed product to attention, as the host's code takes them there."""
-from contextlib import nullcontext
-
 import comfy_kitchen  # noqa: F401 - the operator that turns
 import pytest
 import torch
@@ -63,7 +61,7 @@ SITES = (Site("blocks", packed=("products.0", "products.1"), qk_norms=("norms.0"
 
 
 def weight(norm, like: Tensor):
-    return nullcontext(norm.weight.to(like.dtype))
+    return norm.weight.to(like.dtype)
 
 
 def table(tokens: int, dtype=torch.float32) -> Tensor:
@@ -141,7 +139,7 @@ def test_a_kernel_that_is_wrong_is_seen(monkeypatch):
 
 
 def test_q_of_one_stream_is_not_joined_to_k_of_another():
-    s, norms = scope(), heads.Norms(None, (), None)
+    s, norms = scope(), heads.Norms((), None)
     q, k = (Deferred(s, heads.Normed(rows(place, torch.float32, B, H, TEXT, D), rows(2), place, norms)) for place in (0, 1))
     assert heads.joined((q, k)) is None and pending(heads.joined((q, q)), heads.Joint)
 

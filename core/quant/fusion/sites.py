@@ -15,7 +15,7 @@ from torch import nn
 from ...families.base import module_at
 from .deferred import Deferred, plain
 from .expressions import Activation, Norm, Packed, Product, Silu
-from .heads import norms
+from .heads import is_like, norms
 from .scope import Scope
 
 
@@ -47,7 +47,7 @@ HALVES = "SiLUActivation"       # the host's, of FLUX.2: silu of the first half 
 
 
 def replacements(scope: Scope, sites: tuple[Site, ...], network: nn.Module, weight: Callable) -> Iterator[tuple[nn.Module, Callable]]:
-    """(module, what is to be its forward for one evaluation). weight: (norm module, tensor) -> its weight, lent."""
+    """(module, what is to be its forward for one evaluation). weight: (norm module, tensor) -> its weight for that."""
     for site in sites:
         blocks = list(module_at(network, site.stack) or ())
         ours = {block: untouched(block) for block in blocks}     # and then, where it is, the forward that it got
@@ -65,13 +65,15 @@ def norm(scope: Scope, module: nn.Module, weight: Callable):
     if not rms and not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) != 1 or not rms and own is not None or not scope.kernels:
         return None
     before = module.forward
-    lend = None if own is None else lambda like: weight(module, like)
 
     def forward(x, *args, **kwargs):
         if args or kwargs or not scope.takes(x) or x.shape[-1] != module.normalized_shape[0]:
             return before(x, *args, **kwargs)
+        taken = None if own is None else weight(module, x)
+        if taken is not None and not is_like(taken, x):
+            return before(x)
         eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps      # what torch takes for none, also in 16 bits
-        return Deferred(scope, Norm(x, before, rms, eps, lend))
+        return Deferred(scope, Norm(x, rms, eps, taken))
     return forward
 
 
@@ -143,5 +145,3 @@ def replaced(pairs) -> Iterator[None]:
                 vars(module).pop("forward", None)
             else:
                 module.forward = before
-
-
