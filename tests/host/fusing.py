@@ -2,10 +2,11 @@
 from functools import cache
 
 import comfy.model_management
+import comfy.ops
 import comfy.sd
 import pytest
 import torch
-from harness import sample
+from harness import network, sample
 from quantized import linear
 
 from pack.core.quant.fusion.attach import Settings, attach_fused_kernels
@@ -18,13 +19,19 @@ FEW = 4
 
 def turned(name: str, group: int | None = 256, dtype: torch.dtype = torch.float32):
     """The tiny seeded model in the host's int8, rotated where a layer is as wide as a group, to compute in `dtype`, as on a GPU that has it."""
-    tensors, metadata = tiny.weights(name)
+    kind = tiny.KINDS[name]
+    tensors, metadata = tiny.weights(name) if kind.stock else (network(tiny.patcher(name)).state_dict(), None)
     made = {key: tensor for key, tensor in tensors.items() if not linear(key, tensor)}
     for key in tensors.keys() - made.keys():
         made |= {key.removesuffix(".weight") + end: part for end, part in int8(tensors[key], group).items()}
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(comfy.model_management, "unet_manual_cast", lambda *args: dtype)
-        return comfy.sd.load_diffusion_model_state_dict(made, metadata=metadata)
+        if kind.stock:
+            return comfy.sd.load_diffusion_model_state_dict(made, metadata=metadata)
+        patch.setattr(comfy.ops, "pick_operations", lambda *args, **options: comfy.ops.mixed_precision_ops({}, dtype))     # the loader's, for quantized files
+        patcher = tiny.patcher(name, dtype=dtype)
+        network(patcher).load_state_dict(made)
+        return patcher
 
 
 @cache

@@ -27,13 +27,14 @@ from testbed import tiny
 @pytest.mark.parametrize("level", ["block range", "model output"])
 @pytest.mark.parametrize("name", NAMES)
 def test_beside_a_step_cache_the_same_steps_are_skipped(name, level, first):
-    reports: list = []
+    reports, records = [], []
     cache = {"policy": EVERY_SECOND, "predictor": "hold", "level": level}
     alone = sample(attached(made(name), **cache), name)
-    patcher = attached(fused(made(name)), **cache, reports=reports) if first else fused(attached(made(name), **cache, reports=reports))
+    patcher = attached(fused(made(name), records), **cache, reports=reports) if first else fused(attached(made(name), **cache, reports=reports), records)
     latent = sample(patcher, name)
     assert any(not one.computed for one in reports[0].each) and "not built as expected" not in reports[0].line()
     assert relative(latent, alone) < 0.05
+    assert not records[0].others and sum(count for what, count in records[0].fused.items() if "modulate" in what) > records[0].evaluations
 
 
 @pytest.mark.parametrize("compute", ["requantized", "beside"])

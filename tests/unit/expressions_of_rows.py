@@ -21,8 +21,7 @@ def row(seed: int, dtype=torch.float32):
 
 
 def norm(x, rms=False) -> Norm:
-    forward = (lambda x: F.rms_norm(x, (C,), eps=1e-5)) if rms else (lambda x: F.layer_norm(x, (C,), eps=1e-6))
-    return Norm(x, forward, rms, 1e-5 if rms else 1e-6)
+    return Norm(x, rms, 1e-5 if rms else 1e-6)
 
 
 def activation(x) -> Activation:

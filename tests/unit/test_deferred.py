@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pack.core.quant.fusion.deferred import Deferred, pending, plain
-from pack.core.quant.fusion.expressions import Expression, Norm, Product, Residual
+from pack.core.quant.fusion.expressions import Activation, Expression, Product, Residual
 
 
 @pytest.fixture(autouse=True)
@@ -163,13 +163,25 @@ def test_what_wrote_into_a_deferred_is_seen_by_every_later_reader(kind):
 
 
 def test_what_a_deferred_is_made_of_is_not_written_to():
-    x, y, gate = rows(1), rows(2), row(3)
-    kept = x.clone()
-    residual = x
-    residual += Deferred(scope(), Product(y)) * gate
-    assert pending(residual, Residual)
-    check(residual, kept + y * gate)
+    x, y, gate, s = rows(1), rows(2), row(3), scope()
+    kept, residual = x.clone(), x
+    s.enter([x])
+    for _ in range(2):
+        residual += Deferred(s, Product(y)) * gate
+        assert pending(residual, Residual)
+    check(residual, kept + y * gate + y * gate)
     assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("which", ["of a block that is over", "of none", "a block has another"])
+def test_a_sum_in_place_is_there_for_all_who_hold_the_tensor(which):
+    x, y, gate, s = rows(1), rows(2), row(3), scope()
+    kept, true = x, x + gate * y
+    if which == "of a block that is over":
+        s.enter([x])
+    s.enter([rows(1)] if which == "a block has another" else [])
+    x += Deferred(s, Product(y)) * gate
+    assert x is kept and torch.equal(x, true)
 
 
 def test_autocast_sees_the_value():
@@ -187,6 +199,6 @@ def test_a_compiled_function_takes_what_stands_behind_it():
 
 def test_a_value_is_computed_once():
     calls = []
-    found = Deferred(scope(), Norm(rows(0), lambda x: calls.append(1) or x * 2, False, 1e-6))
+    found = Deferred(scope(), Activation(rows(0), None, lambda: calls.append(1) or rows(0) * 2))
     found.sum(), found.mean(), found.clone()
     assert calls == [1]

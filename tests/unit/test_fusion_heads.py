@@ -1,6 +1,4 @@
 """Q and K of FLUX, from the packed product to attention, as the host's code takes them there."""
-from contextlib import nullcontext
-
 import comfy_kitchen  # noqa: F401 - the operator that turns
 import pytest
 import torch
@@ -24,6 +22,8 @@ def no_grad():
 
 
 class Norms(nn.Module):
+    __module__ = "comfy.toy"        # stands for the host's
+
     def __init__(self, seed: int):
         super().__init__()
         self.query_norm, self.key_norm = nn.RMSNorm(D), nn.RMSNorm(D)
@@ -36,6 +36,8 @@ class Norms(nn.Module):
 
 class Block(nn.Module):
     """A double-stream block's way to attention, or with one stream a single-stream block's."""
+
+    __module__ = "comfy.toy"
 
     def __init__(self, streams: int, between=lambda q, k: (q, k)):
         super().__init__()
@@ -63,7 +65,7 @@ SITES = (Site("blocks", packed=("products.0", "products.1"), qk_norms=("norms.0"
 
 
 def weight(norm, like: Tensor):
-    return nullcontext(norm.weight.to(like.dtype))
+    return norm.weight.to(like.dtype)
 
 
 def table(tokens: int, dtype=torch.float32) -> Tensor:
@@ -141,7 +143,7 @@ def test_a_kernel_that_is_wrong_is_seen(monkeypatch):
 
 
 def test_q_of_one_stream_is_not_joined_to_k_of_another():
-    s, norms = scope(), heads.Norms(None, (), None)
+    s, norms = scope(), heads.Norms((), None)
     q, k = (Deferred(s, heads.Normed(rows(place, torch.float32, B, H, TEXT, D), rows(2), place, norms)) for place in (0, 1))
     assert heads.joined((q, k)) is None and pending(heads.joined((q, q)), heads.Joint)
 

@@ -85,7 +85,7 @@ def diffusion_model(executor, *args, **kwargs):
     scope = scope_of(attachment.settings, record, network, x, options)
     if scope is None:
         return executor(*args, **kwargs)
-    record.blocks = 0
+    record.blocks = record.others = 0
     pairs = list(replacements(scope, SITES[family_of(network).name], network, of_norm))
     with replaced(pairs):
         result = executor(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What a Deferred may stand for. `compute` is the host's way to the value: its operations, in its order.
+"""What a Deferred may stand for. `compute` is the host's way to the value: its operations, and their bits.
 
     Product      y                      what a linear layer gave; known, and watched for what is done with it next
     Norm         norm(x) w
@@ -10,16 +10,17 @@
     Packed       q, k and v in one
     Once         k or v, on its way to being repeated once
 
-x may be a Deferred residual that is not computed yet. Everything else is a plain tensor.
+x may be a Deferred residual that is not computed yet. Everything else is a plain tensor, weights too: `compute` may run inside a linear
+layer, whose weight may lie where the host would put the next one that it is asked for.
 """
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .deferred import Deferred, plain
 
@@ -62,16 +63,16 @@ class Once(Product):
 
 @dataclass(eq=False)
 class Norm(Expression):
-    """weight: lends the norm's weight on the device and in the type of a tensor, as the host would cast it; None where there is none."""
+    """weight: [C] on the device and in the type of x, None where there is none. A layer norm has none."""
 
     like: Tensor | Deferred
-    forward: Callable[[Tensor], Tensor]
     rms: bool
     eps: float
-    weight: Callable[[Tensor], AbstractContextManager[Tensor | None]] | None = None
+    weight: Tensor | None = None
 
     def compute(self) -> Tensor:
-        return self.forward(plain(self.like))
+        x = plain(self.like)
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps) if self.rms else F.layer_norm(x, x.shape[-1:], eps=self.eps)
 
 
 @dataclass(eq=False)

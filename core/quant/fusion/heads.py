@@ -7,12 +7,11 @@ Attention itself and what patches it never see one: heads wait only where a bloc
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ....kernels.qkv_rope import MOST, qkv_rope
 from .deferred import RULES, Deferred, pending
@@ -46,15 +45,10 @@ class Head(Expression):
 
 @dataclass(eq=False)
 class Norms:
-    """The norms of q and of k of one product. make: what the host makes of both. weights: of both, lent."""
+    """The RMS norms of q and of k of one product. weights: [D] of each, on the device and in the type of q."""
 
-    make: Callable[[], tuple[Tensor, Tensor]]
-    weights: tuple[Callable[[Tensor], AbstractContextManager[Tensor]], ...]
+    weights: tuple[Tensor, ...]
     eps: float | None
-
-    @cached_property
-    def both(self) -> tuple[Tensor, Tensor]:
-        return self.make()
 
 
 @dataclass(eq=False)
@@ -62,7 +56,7 @@ class Normed(Head):
     norms: Norms
 
     def compute(self) -> Tensor:
-        return self.norms.both[self.place]
+        return F.rms_norm(self.like, self.like.shape[-1:], self.norms.weights[self.place], self.norms.eps)
 
 
 @dataclass(eq=False)
@@ -119,18 +113,25 @@ def turned(args: tuple, kwargs: dict):
     """comfy_kitchen.apply_rope(q, k, positions)"""
     if len(args) != 3 or kwargs:
         return None
-    parts = [expression.parts if isinstance(expression, Joint) else (expression,) for expression in (pending(x, Normed, Joint) for x in args[:2]) if expression]
-    if len(parts) != 2 or any(q.norms is not k.norms or (q.place, k.place) != (0, 1) for q, k in zip(*parts, strict=False)) or len(parts[0]) != len(parts[1]):
+    (q, k), positions = (normed_parts(x) for x in args[:2]), args[2]
+    if not q or not belong(q, k) or len({part.norms.eps for part in q}) > 1:
         return None
-    streams, positions = parts[0], args[2]
-    tokens, channels = sum(part.shape[2] for part in streams), streams[0].shape[3]
-    if not turns(positions, streams[0].shape[0], tokens, channels) or len({part.norms.eps for part in streams}) > 1:
+    if not turns(positions, q[0].shape[0], sum(part.shape[2] for part in q), q[0].shape[3]):
         return None
-    with ExitStack() as lent:
-        q_weights, k_weights = ([lent.enter_context(part.norms.weights[place](part.like)) for part in streams] for place in (0, 1))
-        q, k = qkv_rope([part.product for part in streams], q_weights, k_weights, positions, heads=streams[0].shape[1], eps=streams[0].norms.eps, with_v=False)
-    args[0].scope.record.fuse("norm+cat+rope of q and k" if len(streams) > 1 else "norm+rope of q and k")
-    return q, k
+    weights = ([part.norms.weights[place] for part in q] for place in (0, 1))
+    args[0].scope.record.fuse("norm+cat+rope of q and k" if len(q) > 1 else "norm+rope of q and k")
+    return tuple(qkv_rope([part.product for part in q], *weights, positions, heads=q[0].shape[1], eps=q[0].norms.eps, with_v=False))
+
+
+def normed_parts(x) -> tuple[Normed, ...]:
+    """What x is joined of, or x alone; nothing where it is neither."""
+    expression = pending(x, Normed, Joint)
+    return expression.parts if isinstance(expression, Joint) else (expression,) if expression else ()
+
+
+def belong(q: tuple[Normed, ...], k: tuple[Normed, ...]) -> bool:
+    """Whether these are q and k of the same products, in one order."""
+    return len(q) == len(k) and all(one.norms is other.norms and (one.place, other.place) == (0, 1) for one, other in zip(q, k, strict=True))
 
 
 def turns(positions, batch: int, tokens: int, channels: int) -> bool:
@@ -149,13 +150,19 @@ def norms(scope: Scope, module, weight: Callable):
     if not all(isinstance(norm, torch.nn.RMSNorm) and norm.weight is not None for norm in both) or both[0].eps != both[1].eps:
         return None
     before = module.forward
-    lend = tuple(lambda like, norm=norm: weight(norm, like) for norm in both)
 
     def forward(q, k, v):
         one, other = pending(q, Head), pending(k, Head)
         fits = type(one) is type(other) is Head and one.product is other.product and (one.place, other.place) == (0, 1)
         if not fits or v.dtype is not one.dtype or one.dtype not in FLOATS or one.shape[3] > MOST or one.shape[3] % 2:
             return before(q, k, v)
-        made = Norms(lambda: before(one.like, other.like, v), lend, both[0].eps)
+        made = Norms(tuple(weight(norm, one.like) for norm in both), both[0].eps)
+        if not all(is_like(taken, one.like) for taken in made.weights):
+            return before(q, k, v)
         return tuple(Deferred(scope, Normed(part.like, part.product, part.place, made)) for part in (one, other))
     return forward
+
+
+def is_like(weight: Tensor, x: Tensor) -> bool:
+    """Whether a norm's weight needs no cast for x, so that what it gives is of the type of x."""
+    return weight.dtype is x.dtype and weight.device == x.device

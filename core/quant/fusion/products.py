@@ -10,8 +10,6 @@ The host's layer has cast the weight by then, patched it and brought it to the G
 """
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -62,15 +60,10 @@ def unquantized(deferred: Deferred, weight, bias, why: str) -> Tensor | None:
     norm = expression.like if isinstance(expression, Scaled) else None
     if not isinstance(norm, Norm) or not deferred.scope.every or not deferred.scope.kernels:
         return None
-    with lent(norm) as of_norm:
-        y = modulate(plain(norm.like), expression.row, expression.shift, of_norm, rms=norm.rms, eps=norm.eps, one_plus=False)
+    y = modulate(plain(norm.like), expression.row, expression.shift, norm.weight, rms=norm.rms, eps=norm.eps, one_plus=False)
     deferred.settle(y)
     deferred.scope.record.fuse("norm+modulate")
     return F.linear(y, weight, bias)
-
-
-def lent(norm: Norm):
-    return nullcontext() if norm.weight is None else norm.weight(norm.like)
 
 
 def produced(scope, expression, rotation: bool) -> tuple[Tensor, Tensor] | None:
@@ -99,14 +92,12 @@ def modulated(scope, scaled: Scaled, rotation: bool) -> tuple[Tensor, Tensor]:
         scope.record.fuse("residual+norm+modulate+int8")
         return tuple(coded)
     if term is not None and norm.rms and scaled.shift is None and sandwiched(norm, term.like):
-        with lent(term.like) as after, lent(norm) as before:
-            r, *coded = sandwich_residual_int8(
-                residual.like, plain(term.like.like), term.row, after, before, scaled.row, rotation=rotation, eps=norm.eps, one_plus=False)
+        r, *coded = sandwich_residual_int8(
+            residual.like, plain(term.like.like), term.row, term.like.weight, norm.weight, scaled.row, rotation=rotation, eps=norm.eps, one_plus=False)
         norm.like.settle(r)
         scope.record.fuse("norm+residual+norm+modulate+int8")
         return tuple(coded)
-    with lent(norm) as weight:
-        coded = modulate_int8(plain(norm.like), scaled.row, scaled.shift, weight, rotation=rotation, rms=norm.rms, eps=norm.eps, one_plus=False)
+    coded = modulate_int8(plain(norm.like), scaled.row, scaled.shift, norm.weight, rotation=rotation, rms=norm.rms, eps=norm.eps, one_plus=False)
     scope.record.fuse("norm+modulate+int8")
     return coded
 
@@ -114,5 +105,3 @@ def modulated(scope, scaled: Scaled, rotation: bool) -> tuple[Tensor, Tensor]:
 def sandwiched(before: Norm, after) -> bool:
     """Two RMS norms of one epsilon, both with a weight: what the kernel knows."""
     return isinstance(after, Norm) and after.rms and after.eps == before.eps and after.weight is not None and before.weight is not None
-
-

@@ -4,6 +4,8 @@ A rule holds where the host's result would have the shape and the type of the ex
 """
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -53,12 +55,24 @@ def scaled_and_shifted(args: tuple, kwargs: dict):
 
 
 def added(args: tuple, kwargs: dict):
-    """x + gate * y, in place or not: what the host calls x from then on is the result. What was x before is not written to."""
+    """x + gate * y"""
     x, term = both(args, kwargs)
     scaled = pending(term, Scaled)
     if scaled is None or scaled.shift is not None or not isinstance(x, Tensor) or x.shape != scaled.shape or x.dtype is not scaled.dtype:
         return None
     return Deferred(term.scope, Residual(x.plain() if isinstance(x, Deferred) else x, scaled))
+
+
+def added_in_place(args: tuple, kwargs: dict):
+    """x += gate * y, which torch tells as x.add_(gate * y): what was x before is not written to.
+
+    That is seen by nobody where x is one of the block's streams, as the host's blocks go on with the result; any other x is written to.
+    """
+    term = args[-1]
+    made = added(args, kwargs) if isinstance(term, Deferred) and term.scope.is_stream(args[0]) else None
+    if made is not None:
+        term.scope.streams.append(weakref.ref(made))
+    return made
 
 
 def joined(args: tuple, kwargs: dict):
@@ -141,7 +155,7 @@ def normed_and_turned(args: tuple, kwargs: dict):
 
 RULES |= {
     **dict.fromkeys((Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul), multiplied),
-    **dict.fromkeys((Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, torch.add), added),
+    **dict.fromkeys((Tensor.add, Tensor.__add__, torch.add), added), **dict.fromkeys((Tensor.add_, Tensor.__iadd__), added_in_place),
     torch.addcmul: scaled_and_shifted, torch.cat: joined, F.silu: silu, F.linear: linear,
     "comfy_kitchen::rms_rope": normed_and_turned, torch.split: split, torch.functional.split: split, Tensor.view: viewed,
     Tensor.unsqueeze: unsqueezed, Tensor.repeat: repeated, Tensor.flatten: flattened,

@@ -1,6 +1,7 @@
 """What one evaluation of a network knows, and what a run tells afterwards."""
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ class Record:
     left: Counter = field(default_factory=Counter)      # why products were left alone -> how many in the run
     evaluations: int = 0        # of the network
     blocks: int = 0             # of the network that were looked at
+    others: int = 0             # whose code is another node's
     reason: str = ""            # why nothing was done at all
 
     def fuse(self, what: str) -> None:
@@ -47,7 +49,8 @@ class Record:
             return f"Fused Kernels is off: {self.reason}"
         done = ", ".join(f"{self.each(count)} {what}" for what, count in sorted(self.fused.items())) or "nothing fused"
         left = ", ".join(f"{self.each(count)} products {why}" for why, count in sorted(self.left.items()))
-        why = "; ".join(part for part in (f"left to the host: {left}" if left else "", self.reason) if part)
+        others = f"{self.others} blocks left to the code of other nodes" if self.others else ""
+        why = "; ".join(part for part in (f"left to the host: {left}" if left else "", others, self.reason) if part)
         return f"Fused Kernels: {self.blocks} blocks, in each evaluation {done}" + (f"; {why}" if why else "")
 
 
@@ -66,8 +69,16 @@ class Scope:
     every: bool = True
     open: bool = False
     turning: bool = False       # q and k may wait for their positions, in the block that runs
+    streams: list[weakref.ref[Tensor]] = field(default_factory=list)    # what that block was given and what it has added to it
 
     def takes(self, x) -> bool:
         """Whether an expression may be made of x. Under torch.compile and where gradients are wanted all is plain."""
         return (isinstance(x, Tensor) and x.ndim == 3 and x.dtype in FLOATS and x.numel() > 0
                 and not torch.is_grad_enabled() and not torch.compiler.is_compiling())
+
+    def enter(self, given) -> None:
+        """A block begins, which was given these."""
+        self.streams = [weakref.ref(thing) for thing in given if isinstance(thing, Tensor)]
+
+    def is_stream(self, x) -> bool:
+        return any(stream() is x for stream in self.streams)

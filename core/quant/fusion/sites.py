@@ -4,6 +4,7 @@ norms are called on the tokens and modulated right after, activations stand in f
 """
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from torch import nn
 from ...families.base import module_at
 from .deferred import Deferred, plain
 from .expressions import Activation, Norm, Packed, Product, Silu
-from .heads import norms
+from .heads import is_like
+from .heads import norms as of_heads
 from .scope import Scope
 
 
@@ -47,36 +49,65 @@ HALVES = "SiLUActivation"       # the host's, of FLUX.2: silu of the first half 
 
 
 def replacements(scope: Scope, sites: tuple[Site, ...], network: nn.Module, weight: Callable) -> Iterator[tuple[nn.Module, Callable]]:
-    """(module, what is to be its forward for one evaluation). weight: (norm module, tensor) -> its weight, lent."""
+    """(module, what is to be its forward for one evaluation). weight: (norm module, tensor) -> its weight for that."""
     for site in sites:
         blocks = list(module_at(network, site.stack) or ())
-        ours = {block: untouched(block) for block in blocks}     # and then, where it is, the forward that it got
+        ours = dict.fromkeys(blocks)
         for block, after in zip_longest(blocks, blocks[1:]):
+            if not of_the_host(block):
+                scope.record.others += 1
+                continue
             scope.record.blocks += 1
-            for paths, make in ((site.norms, norm), (site.activations, activation), (site.outputs, output), (site.packed, packed), (site.qk_norms, norms)):
+            for paths, make in ((site.norms, norm), (site.activations, activation), (site.outputs, output), (site.packed, packed), (site.qk_norms, qk_norms)):
                 for module in (module_at(block, path) for path in paths):
                     if module is not None and (forward := make(scope, module, weight)) is not None:
                         yield module, forward
             yield block, ending(scope, block, after, ours)
 
 
+def of_the_host(module: nn.Module) -> bool:
+    """Whether the code that runs is torch's or the host's: its class is, and no other node has put a forward of its own in that one's place.
+
+    A forward that runs the one before it and nothing in its place, as Step Cache's, names that one as `runs`.
+    """
+    forward = vars(module).get("forward")
+    while hasattr(forward, "runs"):
+        forward = forward.runs
+    foreign = forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+    return not foreign and type(module).__module__.partition(".")[0] in ("torch", "comfy")
+
+
+def wholly_of_the_host(module: nn.Module) -> bool:
+    return all(of_the_host(part) for part in module.modules())
+
+
 def norm(scope: Scope, module: nn.Module, weight: Callable):
     rms, own = isinstance(module, nn.RMSNorm), getattr(module, "weight", None)
-    if not rms and not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) != 1 or not rms and own is not None or not scope.kernels:
+    if not rms and not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) != 1 or not rms and own is not None:
+        return None
+    if not scope.kernels or not of_the_host(module):
         return None
     before = module.forward
-    lend = None if own is None else lambda like: weight(module, like)
 
     def forward(x, *args, **kwargs):
         if args or kwargs or not scope.takes(x) or x.shape[-1] != module.normalized_shape[0]:
             return before(x, *args, **kwargs)
+        taken = None if own is None else weight(module, x)
+        if taken is not None and not is_like(taken, x):
+            return before(x)
         eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps      # what torch takes for none, also in 16 bits
-        return Deferred(scope, Norm(x, before, rms, eps, lend))
+        return Deferred(scope, Norm(x, rms, eps, taken))
     return forward
+
+
+def qk_norms(scope: Scope, module: nn.Module, weight: Callable):
+    return of_heads(scope, module, weight) if wholly_of_the_host(module) else None
 
 
 def activation(scope: Scope, module: nn.Module, weight: Callable):
     before, name = module.forward, type(module).__name__
+    if not wholly_of_the_host(module):
+        return None
     if isinstance(module, nn.GELU) and module.approximate == "tanh":
         make = lambda a: Activation(a, None, lambda: before(a))
     elif isinstance(module, nn.SiLU) and scope.kernels:
@@ -108,23 +139,28 @@ def packed(scope: Scope, module: nn.Module, weight: Callable):
 
 
 def untouched(block: nn.Module) -> bool:
-    """Whether no other node wraps or watches it."""
+    """Whether nothing wraps or watches it."""
     return "forward" not in vars(block) and not block._forward_hooks and not block._forward_pre_hooks
 
 
 def ending(scope: Scope, block: nn.Module, after: nn.Module | None, ours: dict):
-    """What leaves a block is computed, unless nobody but the block after it sees it, or the host's own code after the last."""
+    """What leaves a block is computed, unless nobody but the block after it sees it, or the host's own code after the last.
+
+    ours: block -> a reference to the forward that is set here, None where there is none or something watches the block.
+    """
     before = block.forward
 
     def held(one) -> bool:
-        return ours[one] and vars(one).get("forward") is ours[one]
+        return ours[one] is not None and vars(one).get("forward") is ours[one]()
 
     def forward(*args, **kwargs):
         scope.turning = scope.kernels and scope.every and scope.open and kwargs.get("pe") is not None
+        scope.enter((*args, *kwargs.values()))
         result = before(*args, **kwargs)
+        scope.enter(())
         return result if scope.open and held(block) and (after is None or held(after)) else plain(result)
-    if ours[block]:
-        ours[block] = forward
+    if untouched(block):
+        ours[block] = weakref.ref(forward)      # it knows `ours`: a circle would hold a dropped model's weights until Python looks for circles
     return forward
 
 
@@ -143,5 +179,3 @@ def replaced(pairs) -> Iterator[None]:
                 vars(module).pop("forward", None)
             else:
                 module.forward = before
-
-

@@ -1,9 +1,6 @@
 """The host's weights as the kernels take them."""
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import comfy.ops
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
@@ -11,9 +8,9 @@ from torch import Tensor
 from ....kernels._hadamard import GROUP
 from .. import blocks
 from ..packed import LAYOUT as PACKED
+from ..packed_ops import LAYOUT
 from .scope import Int8
 
-LAYOUT = "TensorWiseINT8Layout"
 STEP = 16       # the int8 product reads rows in pieces of so many codes
 
 
@@ -36,11 +33,17 @@ def int8(weight) -> Int8 | str:
     return Int8(codes, scales.expand(len(codes), 1).contiguous(), bool(params.convrot))
 
 
-@contextmanager
-def of_norm(module, like: Tensor) -> Iterator[Tensor]:
-    """A norm's weight on the device and in the type of `like`, patched, for the length of a call."""
+def of_norm(module, like: Tensor) -> Tensor:
+    """A norm's weight as its own forward would take it for `like`: cast and patched where that casts.
+
+    It stays what it is. What the host streams lies in one of two buffers, and the second cast from now writes over it; so it is copied,
+    a few KB, and given back at once.
+    """
+    if not (getattr(module, "comfy_cast_weights", False) or getattr(module, "weight_function", None) or getattr(module, "bias_function", None)):
+        return module.weight
     weight, bias, stream = comfy.ops.cast_bias_weight(module, like, offloadable=True)
     try:
-        yield weight
+        resident = weight.untyped_storage().data_ptr() == module.weight.untyped_storage().data_ptr()
+        return weight if resident else weight.clone()
     finally:
         comfy.ops.uncast_bias_weight(module, weight, bias, stream)

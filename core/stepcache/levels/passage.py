@@ -130,6 +130,7 @@ class Passage:
             if place == span.end - 1:
                 values = self.attempt(lambda: self.predicted(span, values, stack)) or values
             return stack.passed(values)
+        forward.runs = original     # for whoever asks whose code runs in the block
         return forward
 
     def attempt(self, work):
