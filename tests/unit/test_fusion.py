@@ -212,7 +212,7 @@ SITE = (Site("blocks", norms=("norm",), activations=("act",), outputs=("out",)),
 
 
 def patched(network, s):
-    return replaced(replacements(s, SITE, network, None))
+    return replaced(lambda: replacements(s, SITE, network, None))
 
 
 @pytest.mark.parametrize("open_", [False, True])

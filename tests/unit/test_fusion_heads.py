@@ -78,7 +78,7 @@ def run(block: Block, streams: list[Tensor], open_: bool = True, **more):
     true = block(streams, **more)
     network, s = nn.Module(), scope(open=open_)
     network.blocks = nn.ModuleList([block])
-    with replaced(replacements(s, SITES, network, weight)):
+    with replaced(lambda: replacements(s, SITES, network, weight)):
         found = block(streams, **more)
     return true, found, s.record
 

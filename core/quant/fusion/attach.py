@@ -62,7 +62,8 @@ def outer_sample(executor, *args, **kwargs):
     attachment = options.get("transformer_options", {}).get(KEY)
     if attachment is None:      # a guider that took the wrappers along but not the options
         return executor(*args, **kwargs)
-    record = Record(reason=COMPILED if by_compile(options["transformer_options"]) else "the network was not evaluated")
+    unknown = unserved(guider.model_patcher.get_model_object("diffusion_model"))
+    record = Record(reason=COMPILED if by_compile(options["transformer_options"]) else unknown or "the network was not evaluated")
     guider.model_options = comfy.model_patcher.create_model_options_clone(options)
     guider.model_options["transformer_options"][RUN] = record
     try:
@@ -86,8 +87,7 @@ def diffusion_model(executor, *args, **kwargs):
     if scope is None:
         return executor(*args, **kwargs)
     record.blocks = record.others = 0
-    pairs = list(replacements(scope, SITES[family_of(network).name], network, of_norm))
-    with replaced(pairs):
+    with replaced(lambda: replacements(scope, SITES[family_of(network).name], network, of_norm)):
         result = executor(*args, **kwargs)
     record.evaluations += 1
     return plain(result)
@@ -95,9 +95,8 @@ def diffusion_model(executor, *args, **kwargs):
 
 def scope_of(settings: Settings, record: Record, network, x, options: dict) -> Scope | None:
     """None, and the record says why, where the network is left alone."""
-    family = family_of(network)
-    if family is None or family.name not in SITES:
-        record.reason = f"{type(network).__name__} is of no family that has fused kernels; FLUX, FLUX.2, Z-Image and Lumina 2 are"
+    if why := unserved(network):
+        record.reason = why
         return None
     if by_compile(options) or not record.evaluations and compiled(network):
         record.reason = COMPILED
@@ -112,6 +111,13 @@ def scope_of(settings: Settings, record: Record, network, x, options: dict) -> S
     record.reason = f"{why}, so comfy_kitchen's int8 product with GELU inside is all that is used" if why else ""
     alone = not options.get("patches_replace", {}).get("dit") and not options.get("patches")
     return Scope(record, int8, kernels, kitchen, settings.layers == "all", alone)
+
+
+def unserved(network) -> str:
+    """Why a network gets no kernels, whatever the device; empty where it does. Some of the host's never call the wrapper that would tell."""
+    family = family_of(network)
+    served = family is not None and family.name in SITES
+    return "" if served else f"{type(network).__name__} is of no family that has fused kernels; FLUX, FLUX.2, Z-Image and Lumina 2 are"
 
 
 def by_compile(options: dict) -> bool:

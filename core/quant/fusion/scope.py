@@ -47,6 +47,8 @@ class Record:
     def line(self) -> str:
         if self.reason and not self.fused:
             return f"Fused Kernels is off: {self.reason}"
+        if not self.evaluations and self.fused:
+            return "Fused Kernels: the run ended within its first evaluation"
         done = ", ".join(f"{self.each(count)} {what}" for what, count in sorted(self.fused.items())) or "nothing fused"
         left = ", ".join(f"{self.each(count)} products {why}" for why, count in sorted(self.left.items()))
         others = f"{self.others} blocks left to the code of other nodes" if self.others else ""

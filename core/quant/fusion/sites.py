@@ -4,8 +4,9 @@ norms are called on the tokens and modulated right after, activations stand in f
 """
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -45,6 +46,7 @@ SITES = {       # family -> sites
     ),
     "nextdit": (Site("noise_refiner", **JOINT), Site("layers", **JOINT)),
 }
+ONE_AT_A_TIME = threading.Lock()
 HALVES = "SiLUActivation"       # the host's, of FLUX.2: silu of the first half of the channels times the second
 
 
@@ -165,17 +167,23 @@ def ending(scope: Scope, block: nn.Module, after: nn.Module | None, ours: dict):
 
 
 @contextmanager
-def replaced(pairs) -> Iterator[None]:
-    """Sets `forward` of each module and puts back what was there, last one first."""
+def replaced(found: Callable[[], Iterable[tuple[nn.Module, Callable]]]) -> Iterator[None]:
+    """Sets `forward` of each module and puts back what was there, last one first.
+
+    found: asked while no other thread sets or puts back anything. What another one has set is foreign code to it, so it finds no module
+    twice, and nobody puts back a forward whose run is over.
+    """
     there = []
     try:
-        for module, forward in pairs:
-            there.append((module, vars(module).get("forward")))
-            module.forward = forward
+        with ONE_AT_A_TIME:
+            for module, forward in list(found()):
+                there.append((module, vars(module).get("forward")))
+                module.forward = forward
         yield
     finally:
-        for module, before in reversed(there):
-            if before is None:
-                vars(module).pop("forward", None)
-            else:
-                module.forward = before
+        with ONE_AT_A_TIME:
+            for module, before in reversed(there):
+                if before is None:
+                    vars(module).pop("forward", None)
+                else:
+                    module.forward = before

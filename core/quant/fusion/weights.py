@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import comfy.ops
-from comfy.quant_ops import QuantizedTensor
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from torch import Tensor
 
 from ....kernels._hadamard import GROUP
@@ -11,6 +11,7 @@ from ..packed import LAYOUT as PACKED
 from ..packed_ops import LAYOUT
 from .scope import Int8
 
+FORMATS = {algorithm["comfy_tensor_layout"]: name for name, algorithm in QUANT_ALGOS.items()}
 STEP = 16       # the int8 product reads rows in pieces of so many codes
 
 
@@ -20,7 +21,7 @@ def int8(weight) -> Int8 | str:
         return f"in {str(weight.dtype).removeprefix('torch.')}"
     params, codes = weight._params, weight._qdata
     if getattr(params, "transposed", False) or weight._layout_cls not in (LAYOUT, PACKED):
-        return f"in {weight._layout_cls}"
+        return f"in {FORMATS.get(weight._layout_cls, weight._layout_cls.removeprefix('Reprise').removesuffix('Layout'))}"
     if weight._layout_cls == PACKED:
         if params.compute != "int8" or params.group not in blocks.BY_KERNEL:
             return "in GGUF blocks that are computed as floats"
