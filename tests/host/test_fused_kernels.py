@@ -1,5 +1,4 @@
 """Fused Kernels in the host's own blocks, by the kernels' torch references: the same picture, fused where it should be, gone when the run is."""
-import threading
 from itertools import islice
 
 import pytest
@@ -175,26 +174,6 @@ def test_a_run_that_ends_within_its_first_evaluation_counts_nothing():
     with pytest.raises(KeyboardInterrupt), network(made("flux_13m")).single_blocks[-1].register_forward_pre_hook(stop):
         sample(fused(made("flux_13m"), records), "flux_13m", steps=FEW)
     assert records[0].fused and records[0].line() == "Fused Kernels: the run ended within its first evaluation"
-
-
-def test_samplers_in_two_threads_leave_the_model_as_it_was():
-    patcher, name, failed = made("flux_13m"), "flux_13m", []
-    true = sample(patcher, name, steps=FEW)
-    clone, start = fused(patcher), threading.Barrier(2)
-
-    def work():
-        try:
-            start.wait()
-            assert relative(sample(clone, name, steps=FEW), true) < 0.05
-        except BaseException as error:      # noqa: B036 - for the test, which runs in another thread
-            failed.append(error)
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed and not [path for path, module in network(patcher).named_modules() if "forward" in vars(module)]
-    assert torch.equal(sample(patcher, name, steps=FEW), true)
 
 
 def test_the_node_twice_is_the_node_once():

@@ -1,4 +1,5 @@
 """What is recorded of the host's operations, which kernel computes it, and how modules get their forward back."""
+import threading
 from functools import partial
 
 import pytest
@@ -226,6 +227,36 @@ def test_modules_get_their_forward_back_also_after_an_error(open_):
     assert network.blocks[0].out.forward is marker
     del network.blocks[0].out.forward
     assert not [name for name, module in network.named_modules() if "forward" in vars(module)]
+
+
+def test_two_threads_on_one_network_leave_it_as_it_was():
+    network, paused, on, second = stack(), threading.Event(), threading.Event(), scope()
+
+    def slow():
+        yield from replacements(scope(), SITE, network, None)
+        paused.set()
+        assert on.wait(10)
+
+    def other():
+        with patched(network, second):
+            there.wait(10)
+
+    there, thread = threading.Event(), threading.Thread(target=other)
+    first = threading.Thread(target=run_within, args=(replaced(slow), leave := threading.Event()))
+    first.start()
+    assert paused.wait(10)
+    thread.start()
+    thread.join(0.2)        # it waits for the first one
+    on.set()
+    for event, ended in ((there, thread), (leave, first)):
+        event.set()
+        ended.join(10)
+    assert not [name for name, module in network.named_modules() if "forward" in vars(module)]
+
+
+def run_within(context, leave):
+    with context:
+        leave.wait(10)
 
 
 def test_a_residual_goes_from_block_to_block_where_nobody_looks_and_is_computed_where_somebody_may():
