@@ -21,8 +21,8 @@ from pack.core.quant.loader import load
 from pack.core.quant.plan import Settings
 
 RESULTS = Path(__file__).resolve().parent / "results" / "quant-lora.json"
-RANK, PIXELS, WORDS, CALLS = 32, 16, 64, 5      # PIXELS of a side, in tokens
-KINDS = {"bf16": ("bf16", "bf16"), "fp8 scaled": ("bf16", "fp8"), "int8": ("bf16", "int8"), "Q4_0 unpacked": ("Q4_0", "host"), "Q4_0 as int8": ("Q4_0", "int8")}
+RANK, PIXELS, WORDS, CALLS = 32, 16, 64, 3      # PIXELS of a side, in tokens
+KINDS = {"bf16": ("bf16", "bf16"), "fp8 scaled": ("bf16", "fp8"), "int8": ("bf16", "int8"), "Q4_0": ("Q4_0", "host")}
 ROUTES = {"baked": comfy.sd.load_lora_for_models, "beside": comfy.sd.load_bypass_lora_for_models}
 MIB = 2 ** 20
 
