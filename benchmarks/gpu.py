@@ -87,7 +87,10 @@ def measure(bench: Bench, began: float, minutes: float = MINUTES) -> None:
 
 
 def minutes_of(text: str) -> float:
-    minutes = float(text)
+    try:
+        minutes = float(text)
+    except ValueError:
+        raise ArgumentTypeError(f"'{text}' came; a number was expected") from None
     if not 0 < minutes <= MOST_MINUTES:
         raise ArgumentTypeError(f"{text} came; more than 0 and at most {MOST_MINUTES:g} was expected")
     return minutes
@@ -99,11 +102,16 @@ def result_file(text: str) -> Path:
         file = Path(text).expanduser().resolve()
     except RuntimeError as error:
         raise ArgumentTypeError(f"'{text}': {error}".rstrip(".")) from None
-    if file.is_dir():
-        raise ArgumentTypeError(f"'{text}' is a folder; name a file in it")
-    if file.exists() and f'"{_gpu_machine.NAME}"' not in file.read_text(encoding="utf-8", errors="replace")[:MOST_READ]:
+    if not text or file.is_dir():
+        raise ArgumentTypeError(f"'{text}' names no file, but a folder; name a file in it")
+    if file.exists() and (not file.is_file() or f'"{_gpu_machine.NAME}"'.encode() not in beginning(file)):
         raise ArgumentTypeError(f"'{text}' is there and is no result of this benchmark; name another file")
     return file
+
+
+def beginning(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(MOST_READ)
 
 
 def main(arguments: Sequence[str] = ()) -> int:

@@ -12,10 +12,8 @@ of large ones. `psnr_image_db` is the mean over two captions, 20 steps, euler, a
 import argparse
 import json
 import os
-import re
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -27,6 +25,7 @@ import comfy.sd
 import torch
 
 from benchmarks import _flips, _large_file, _lora, _quantized_files
+from benchmarks._peak import Peak
 from benchmarks._quantized_files import FAMILIES, FILES
 from pack.core.quant.loader import load
 from pack.core.quant.plan import COMPUTE, Settings
@@ -34,34 +33,6 @@ from pack.core.quant.plan import COMPUTE, Settings
 RESULTS = Path(__file__).resolve().parent / "results" / "quant.json"
 FIELDS = ("family", "format", "load_seconds", "peak_extra_mib", "psnr_image_db", "file_mib", "compute")
 MIB = 2 ** 20
-
-
-def anonymous() -> float:
-    """MiB of this process that no file backs; 0 where the system does not tell."""
-    try:
-        return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-    except OSError:
-        return 0.0
-
-
-class Peak:
-    """The most anonymous memory while a block ran, MiB above what it left behind."""
-
-    def __enter__(self):
-        self.before = self.most = anonymous()
-        self.over = threading.Event()
-        self.watcher = threading.Thread(target=self.watch)
-        self.watcher.start()
-        return self
-
-    def watch(self):
-        while not self.over.wait(0.002):
-            self.most = max(self.most, anonymous())
-
-    def __exit__(self, *ended):
-        self.over.set()
-        self.watcher.join()
-        self.extra = max(0.0, self.most - anonymous())
 
 
 def rows(folder: Path):
@@ -95,7 +66,7 @@ def main() -> int:
         if chosen.flips:
             return _flips.main(Path(folder))
         if chosen.memory:
-            return _large_file.main(Path(folder), Peak)
+            return _large_file.main(Path(folder))
         if chosen.lora:
             return _lora.main(Path(folder))
         found = []

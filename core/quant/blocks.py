@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ...kernels.gguf import BLOCKS
 from ...kernels.gguf_weights import gguf_codes, gguf_row_scales, gguf_values
+from .layer import CHUNK
 
 TYPES = tuple(BLOCKS)
 GROUPS = (256, 64, 16)      # of the rotation, the first that divides the rows
 BY_KERNEL = (256, 0)        # the others are for narrow layers, and rotated by comfy_kitchen
 EXPONENT = 0x7c00           # of fp16
-CHUNK = 8 << 20             # weights that stand in single precision at a time: 32 MiB
 
 
 def rotation_group(columns: int) -> int:

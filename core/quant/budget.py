@@ -33,13 +33,14 @@ def size(layer: Scored, target: str) -> float:
     return layer.weights * BITS[target] / 8
 
 
-def planned(layers: Sequence[Scored], budget: float, score: str) -> dict[str, str]:
-    """Layer -> target, so that all weights fit into `budget` bytes. ValueError where not even the smallest formats do."""
+def planned(layers: Sequence[Scored], budget: float, score: str, others: float = 0.0) -> dict[str, str]:
+    """Layer -> target, so that all weights fit into `budget` bytes, `others` among them, which stay. ValueError where not even the smallest formats do."""
+    asked, budget = budget, budget - others
     ladders = [ladder(layer, score) for layer in layers]
     chosen = [0] * len(layers)
     used = sum(size(layer, rungs[0]) for layer, rungs in zip(layers, ladders, strict=True))
     if used > budget:
-        raise ValueError(f"the layers need {used / 2**20:.0f} MiB in their smallest formats, and the budget is {budget / 2**20:.0f} MiB; raise it, "
+        raise ValueError(f"the weights need {(used + others) / 2**20:.1f} MiB in their smallest formats, and the budget is {asked / 2**20:g} MiB; raise it, "
                          "or allow a smaller format")
     steps: list[tuple[float, int]] = []
 

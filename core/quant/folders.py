@@ -9,6 +9,7 @@ from ..knob import shown
 
 SAFE = (".safetensors", ".sft", ".gguf")    # a pickle may run code when it is opened
 PLANS = "plans"
+LONGEST = 255       # bytes of a file's name, on the usual file systems
 NAME = re.compile(r"\w[\w .-]{0,79}")
 
 
@@ -50,8 +51,16 @@ def output_path(prefix: str) -> Path:
     """A file that is not there yet, numbered as the host's are. The host would make a hidden file of a prefix without a name."""
     if not isinstance(prefix, str) or not os.path.basename(os.path.normpath(prefix)).strip(". "):
         raise ValueError(f"filename_prefix is '{shown(prefix)}', which names no file; end it with a name, such as diffusion_models/reprise")
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
-    return Path(folder) / f"{name}_{counter:05}_.safetensors"
+    output = Path(folder_paths.get_output_directory())
+    try:
+        if (output / prefix).resolve().is_relative_to(output.resolve()):        # else the host's error is three lines long
+            folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, str(output))
+            file = Path(folder) / f"{name}_{counter:05}_.safetensors"
+            if len(os.fsencode(file.name)) <= LONGEST:
+                return file
+    except (OSError, ValueError):       # a folder's name that is too long, a file in a folder's place, a zero byte
+        pass
+    raise ValueError(f"filename_prefix is '{shown(prefix)}', and the output folder cannot have such a file; choose another, such as diffusion_models/reprise")
 
 
 def plans_folder() -> Path:

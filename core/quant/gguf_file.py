@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..knob import shown
 from .files import BadFile, Blocks, WeightFile
 from .gguf_header import Header, read_header
 
@@ -15,7 +16,7 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F
           "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
 ARCHITECTURE = "general.architecture"
 TEXT_MODELS = ("t5", "t5encoder", "qwen2", "qwen2vl", "qwen3", "qwen3vl", "llama", "gemma2", "gemma3", "mistral3", "clip")    # and no picture models
-
+OF_TEXT = ("token_embd.", "blk.", "enc.blk.", "v.blk.")     # how their tensors' names begin
 ANY = "pig"     # what one converter writes into every file
 ARCHITECTURES: dict[str, tuple[str, ...]] = {       # general.architecture, as files for ComfyUI have it -> families of the host, "" being all without a name
     "flux": ("flux", "flux2", "chroma", "chroma_radiance"), "lumina2": ("lumina2",), "z_image": ("lumina2",), "sd3": ("sd3",),
@@ -89,9 +90,9 @@ def expect_architecture(file: WeightFile, known: Collection[str], what: str, ins
 
 
 def refuse_text_model(file: WeightFile) -> None:
-    """For the loader of diffusion models: BadFile where a text encoder came."""
+    """For the loader of diffusion models: BadFile where a text encoder came, by what the file says and by the names of its tensors."""
     told = file.metadata.get(ARCHITECTURE, "")
-    if told in TEXT_MODELS:
+    if told in TEXT_MODELS and any(key.startswith(OF_TEXT) for key in (*file.tensors, *file.packed)):
         raise BadFile(f"'{file.name}' is a text model ('{told}'), and a diffusion model was expected; load it with GGUF Text Encoder Loader")
 
 
@@ -100,7 +101,7 @@ def strange_architecture(file: WeightFile, family: str) -> str:
     told = file.metadata.get(ARCHITECTURE) if file.container == "gguf" else None
     if told is None or told == ANY or plainly(told) == plainly(family) or family in ARCHITECTURES.get(plainly(told), ()):
         return ""
-    return f"the file says it is '{told[:100]}' and its tensors are those of {family or 'a UNet'}, as which it was loaded"
+    return f"the file says it is '{shown(' '.join(told.split()))}' and its tensors are those of {family or 'a UNet'}, as which it was loaded"
 
 
 def plainly(name: str) -> str:

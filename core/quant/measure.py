@@ -1,14 +1,17 @@
 """Quantization Report: a short run that is listened to, the layers' errors, and a plan for the loader."""
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import comfy.model_management
 import comfy.sample
+import torch
 from comfy.quant_ops import QuantizedTensor
 
+from ..knob import shown
 from .budget import planned, size
 from .loader import family_of
 from .score import Scored, listening, measured_layers, scored
@@ -28,7 +31,7 @@ class Measured:
         """Within a budget for all weights of the model; 0 takes 8 bits everywhere."""
         if not budget_mib:
             return {layer.name: min((t for t in layer.errors if t != "nvfp4"), key=layer.errors.__getitem__) for layer in self.layers}
-        return planned(self.layers, budget_mib * 2**20 - self.others, self.score)
+        return planned(self.layers, budget_mib * 2**20, self.score, self.others)
 
     def text(self, plan: dict[str, str]) -> str:
         """A table of the layers that mind most, and what the plan comes to."""
@@ -57,6 +60,8 @@ def measure(model, positive, negative, sampler, sigmas, latent_image: dict, cfg:
         raise ValueError(f"{type(network).__name__} has no linear layers to quantize")
     if packed := next((name for name, module in layers.items() if isinstance(module.weight, QuantizedTensor)), None):
         raise ValueError(f"the model is quantized already ('{packed}'), and errors would be told against that; load it at full precision, with compute bf16")
+    if len(sigmas) < 2 or not bool(torch.isfinite(sigmas).all()) or not bool(sigmas.max() > 0):
+        raise ValueError(f"sigmas are {shown(sigmas.tolist())}, and numbers that go down from above 0 were expected; connect a scheduler")
     latent = latent_image["samples"]
     noise = comfy.sample.prepare_noise(latent, seed)
     tick = bar(len(sigmas) - 1 + len(layers))
@@ -67,6 +72,8 @@ def measure(model, positive, negative, sampler, sigmas, latent_image: dict, cfg:
     comfy.model_management.load_models_gpu([model])
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
     found = scored(layers, listener, targets, model.load_device, dtype, tick)
+    if lost := next((layer.name for layer in found if not all(map(math.isfinite, layer.errors.values()))), None):
+        raise ValueError(f"the errors of '{lost}' are no numbers, so the model, the prompt or the latent has values that are none; nothing was saved")
     measured = sum(2 * layer.weights for layer in found)
     whole = sum(parameter.numel() * 2 for parameter in network.parameters())
     return Measured(found, whole - measured, score)

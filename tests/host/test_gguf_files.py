@@ -181,11 +181,14 @@ def test_without_the_package_one_sentence_says_what_to_do(tmp_path, monkeypatch)
 
 
 def test_text_models_and_diffusion_models_are_told_apart(tmp_path):
-    text_model = open_file(write(tmp_path / "text.gguf", {"a.weight": weights(2, 32)}, "qwen3"))
+    text_model = open_file(write(tmp_path / "text.gguf", {"token_embd.weight": weights(2, 32)}, "qwen3"))
+    liar = open_file(write(tmp_path / "liar.gguf", {"a.weight": weights(2, 32)}, "qwen3"))
     picture = open_file(write(tmp_path / "model.gguf", {"a.weight": weights(2, 32)}, "lumina2"))
     with pytest.raises(BadFile, match="GGUF Text Encoder Loader"):
         refuse_text_model(text_model)
     refuse_text_model(picture)
+    refuse_text_model(liar)     # its tensors decide
+    assert strange_architecture(liar, "lumina2") == "the file says it is 'qwen3' and its tensors are those of lumina2, as which it was loaded"
     with pytest.raises(BadFile, match="'lumina2', and a text encoder"):
         expect_architecture(picture, ("t5", "qwen3"), "a text encoder", "load it with Quantized Model Loader")
 

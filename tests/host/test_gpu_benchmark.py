@@ -103,7 +103,8 @@ def test_a_disk_that_fills_up_ends_it_in_a_sentence_and_leaves_what_was_there(tm
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--minutes", "nan"], "nan came"), (["--minutes", "inf"], "inf came"), (["--minutes", "0"], "0 came"), (["--minutes=-3"], "-3 came"),
-    (["--minutes", "x"], "invalid"), (["--out", ""], "is a folder"), (["--out", "{}"], "is a folder"), (["--out", "{}/notes.txt"], "no result of this"),
+    (["--minutes", "x"], "a number was expected"), (["--out", ""], "names no file"), (["--out", "{}"], "names no file"),
+    (["--out", "/dev/zero"], "no result of this"), (["--out", "{}/notes.txt"], "no result of this"),
     (["--out", "~of-nobody/x"], "'~of-nobody/x'")])
 def test_wrong_arguments_are_told_before_anything_is_written(arguments, said, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(kernels, "GPU", True)

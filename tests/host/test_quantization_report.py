@@ -2,6 +2,7 @@
 import re
 
 import comfy.samplers
+import folder_paths
 import pytest
 import torch
 from hypothesis import given
@@ -38,6 +39,25 @@ def measured(name, model, score="output error", targets=tuple(TRANSCODERS), **mo
 def test_a_plans_name_that_is_no_text_is_a_sentence(name):
     with pytest.raises(ValueError, match="a plan's name is 1 to 80 letters"):
         QuantizationReport.execute(*[None] * 6, name=name)
+
+
+@pytest.mark.parametrize("sigmas", [torch.zeros(3), torch.tensor([1.0, torch.nan, 0.0]), torch.ones(1), torch.tensor([torch.inf, 0.0])], ids=str)
+def test_sigmas_that_give_no_errors_cost_no_plan(sigmas, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
+    folders.new_plan("mine").write_text("a plan")
+    with pytest.raises(ValueError, match="sigmas are .*; connect a scheduler"), torch.inference_mode():
+        QuantizationReport.execute(**{**arguments("flux", stock(files["flux"])), "sigmas": sigmas}, name="mine")
+    assert folders.new_plan("mine").read_text() == "a plan"
+
+
+def test_a_latent_without_numbers_costs_no_plan(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
+    folders.new_plan("mine").write_text("a plan")
+    given = arguments("flux", stock(files["flux"]))
+    given["latent_image"] = {"samples": given["latent_image"]["samples"] * torch.nan}
+    with pytest.raises(ValueError, match="are no numbers.*nothing was saved"), torch.inference_mode():
+        QuantizationReport.execute(**given, name="mine")
+    assert folders.new_plan("mine").read_text() == "a plan"
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +133,8 @@ def test_a_plan_keeps_to_its_budget_and_a_larger_budget_comes_nearer(name, score
 
 
 def test_a_budget_below_the_smallest_formats_says_what_is_needed(found):
-    with pytest.raises(ValueError, match=r"the layers need \d+ MiB in their smallest formats, and the budget is 0 MiB"):
-        planned(found["flux"].layers, 1000, "output error")
+    with pytest.raises(ValueError, match=r"the weights need 3\.\d MiB in their smallest formats, and the budget is 1\.5 MiB"):
+        planned(found["flux"].layers, 1.5 * 2**20, "output error", found["flux"].others)
 
 
 errors = st.fixed_dictionaries({"int8": st.floats(1e-4, 1), "fp8": st.floats(1e-4, 1), "nvfp4": st.floats(1e-4, 1)})

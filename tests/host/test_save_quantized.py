@@ -124,6 +124,16 @@ def test_a_prefix_without_a_name_is_refused_and_nothing_is_written(prefix, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("prefix", ["a" * 300, "é" * 130, "a\0b", "file/x", "../x", "/tmp/x", "a/" * 5 + "b" * 250], ids=lambda prefix: prefix[:8])
+def test_a_prefix_that_the_disk_cannot_have_is_one_sentence(prefix, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="the output folder cannot have such a file; choose another") as caught:
+        SaveQuantizedModel.execute(None, prefix)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["file"]
+
+
 def test_a_prefix_that_ends_in_a_slash_names_the_file_as_at_the_hosts_nodes(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
     assert folders.output_path("a/b/") == tmp_path / "a" / "b_00001_.safetensors"

@@ -109,8 +109,8 @@ def scope_of(settings: Settings, record: Record, network, x, options: dict) -> S
         record.reason = why
         return None
     record.reason = f"{why}, so comfy_kitchen's int8 product with GELU inside is all that is used" if why else ""
-    alone = not options.get("patches_replace", {}).get("dit") and not options.get("patches")
-    return Scope(record, int8, kernels, kitchen, settings.layers == "all", alone)
+    sealed = not options.get("patches_replace", {}).get("dit")
+    return Scope(record, int8, kernels, kitchen, settings.layers == "all", sealed and not options.get("patches"), sealed)
 
 
 def unserved(network) -> str:

@@ -66,7 +66,8 @@ def added(args: tuple, kwargs: dict):
 def added_in_place(args: tuple, kwargs: dict):
     """x += gate * y, which torch tells as x.add_(gate * y): what was x before is not written to.
 
-    That is seen by nobody where x is one of the block's streams, as the host's blocks go on with the result; any other x is written to.
+    That is seen by nobody where x is one of the block's streams, as the host's blocks go on with the result; any other x is written to,
+    and the streams too where a patch or a hook may look at them afterwards.
     """
     term = args[-1]
     made = added(args, kwargs) if isinstance(term, Deferred) and term.scope.is_stream(args[0]) else None

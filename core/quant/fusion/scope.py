@@ -61,6 +61,7 @@ class Scope:
     """kernels: the pack's are used; kitchen: comfy_kitchen's int8 product with GELU inside is; every: weights that are not int8 too.
 
     open: a residual that is not computed may go from one block to the next, as nobody else looks at it in between.
+    sealed: no patch stands around a block, which could read what the block was given after the host's code wrote into it.
     int8: what a weight is to an int8 product, or a few words on why it is nothing to it.
     """
 
@@ -70,6 +71,7 @@ class Scope:
     kitchen: bool = False
     every: bool = True
     open: bool = False
+    sealed: bool = True
     turning: bool = False       # q and k may wait for their positions, in the block that runs
     streams: list[weakref.ref[Tensor]] = field(default_factory=list)    # what that block was given and what it has added to it
 

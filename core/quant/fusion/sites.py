@@ -142,7 +142,11 @@ def packed(scope: Scope, module: nn.Module, weight: Callable):
 
 def untouched(block: nn.Module) -> bool:
     """Whether nothing wraps or watches it."""
-    return "forward" not in vars(block) and not block._forward_hooks and not block._forward_pre_hooks
+    return "forward" not in vars(block) and unwatched(block)
+
+
+def unwatched(block: nn.Module) -> bool:
+    return not block._forward_hooks and not block._forward_pre_hooks
 
 
 def ending(scope: Scope, block: nn.Module, after: nn.Module | None, ours: dict):
@@ -157,7 +161,7 @@ def ending(scope: Scope, block: nn.Module, after: nn.Module | None, ours: dict):
 
     def forward(*args, **kwargs):
         scope.turning = scope.kernels and scope.every and scope.open and kwargs.get("pe") is not None
-        scope.enter((*args, *kwargs.values()))
+        scope.enter((*args, *kwargs.values()) if scope.sealed and unwatched(block) else ())
         result = before(*args, **kwargs)
         scope.enter(())
         return result if scope.open and held(block) and (after is None or held(after)) else plain(result)
