@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from pack.core.knob import shown
 from pack.core.quant.blocks import TYPES, values
 from pack.core.quant.files import BadFile, open_file
 from pack.core.quant.formats import layers_of
@@ -224,10 +225,10 @@ def test_largest_scales_and_whatever_numbers_lie_beside_them_are_read(type, tmp_
     assert layers["a"].rows(0, 64).isfinite().all()
 
 
-@pytest.mark.parametrize("told", ["sd1", "zzz", "wan", "z" * 500])
+@pytest.mark.parametrize("told", ["sd1", "zzz", "wan", "z" * 500, "two\nlines"])
 def test_a_file_that_says_it_is_another_model_is_told_as_such(told, tmp_path):
     file = open_file(write(tmp_path / "model.gguf", {"a.weight": weights(2, 32)}, told))
-    assert strange_architecture(file, "flux") == f"the file says it is '{told[:100]}' and its tensors are those of flux, as which it was loaded"
+    assert strange_architecture(file, "flux") == f"the file says it is '{shown(told.replace(chr(10), " "))}' and its tensors are those of flux, as which it was loaded"
     assert "of a UNet" in strange_architecture(file, "") or told == "sd1"
 
 
