@@ -228,7 +228,8 @@ def test_largest_scales_and_whatever_numbers_lie_beside_them_are_read(type, tmp_
 @pytest.mark.parametrize("told", ["sd1", "zzz", "wan", "z" * 500, "two\nlines"])
 def test_a_file_that_says_it_is_another_model_is_told_as_such(told, tmp_path):
     file = open_file(write(tmp_path / "model.gguf", {"a.weight": weights(2, 32)}, told))
-    assert strange_architecture(file, "flux") == f"the file says it is '{shown(told.replace(chr(10), " "))}' and its tensors are those of flux, as which it was loaded"
+    said = shown(told.replace("\n", " "))
+    assert strange_architecture(file, "flux") == f"the file says it is '{said}' and its tensors are those of flux, as which it was loaded"
     assert "of a UNet" in strange_architecture(file, "") or told == "sd1"
 
 
