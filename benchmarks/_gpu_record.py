@@ -34,8 +34,10 @@ def scrubbed(value):
 
 def reason(error: BaseException) -> str:
     """Of a failure, for the file."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else f"{OUT_OF_MEMORY} of the host"
+    if isinstance(error, torch.OutOfMemoryError):
+        return OUT_OF_MEMORY
+    if isinstance(error, MemoryError):
+        return f"{OUT_OF_MEMORY} of the host"
     text = " ".join(str(error).split())
     return scrubbed(f"{type(error).__name__}: {text}")[:MOST_TOLD]
 

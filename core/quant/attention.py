@@ -20,7 +20,7 @@ from comfy.patcher_extension import WrappersMP
 from ...kernels._triton import FAILURES
 from ..knob import shown
 from ..step import Clock
-from ..wrappers import attached
+from ..wrappers import COMPILE, any_compiled, attached
 from .attention_backends import BACKENDS, Backend, Call, told
 from .machine import EIGHT_BIT_ATTENTION
 
@@ -32,7 +32,6 @@ OVERRIDE = "optimized_attention_override"
 AUTOMATIC, OFF = "automatic", "off"
 CHOICES = (AUTOMATIC, OFF, *BACKENDS)
 LOW_OF_THE_HOST = ("sage", "sage3")     # names of the host's attention functions that are not of full precision
-COMPILE = "torch.compile"               # the key of the host's wrapper that swaps compiled modules in
 
 
 @dataclass(frozen=True)
@@ -211,8 +210,7 @@ def compiled(patcher, options: dict) -> bool:
     if options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).get(COMPILE):
         return True
     network = patcher.get_model_object("diffusion_model")
-    return any(type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
-               for module in (*network.modules(), *patcher.object_patches.values()))
+    return any_compiled((*network.modules(), *patcher.object_patches.values()))
 
 
 def open_run(settings: Settings, guider, sigmas: torch.Tensor) -> tuple[Run | None, Record]:

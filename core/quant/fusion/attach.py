@@ -17,7 +17,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ....kernels._triton import failure, hindrance
 from ...families import family_of
-from ...wrappers import attached, options_of
+from ...wrappers import COMPILE, any_compiled, attached, options_of
 from .deferred import plain
 from .scope import Record, Scope
 from .sites import SITES, replaced, replacements
@@ -26,7 +26,6 @@ from .weights import int8, of_norm
 log = logging.getLogger("reprise")
 KEY = "reprise.fused_kernels"
 RUN = "reprise.fused_kernels.run"
-COMPILE = "torch.compile"       # the key of the host's wrapper that swaps compiled modules in
 COMPILED = "the model is compiled, and torch.compile fuses these operations itself"
 LAYERS = ("all", "int8")
 
@@ -127,7 +126,7 @@ def by_compile(options: dict) -> bool:
 
 def compiled(network) -> bool:
     """Whether some of it was compiled by other means; a forward of ours inside would be compiled anew for each evaluation."""
-    return any(type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None for module in network.modules())
+    return any_compiled(network.modules())
 
 
 def is_fast(device: torch.device) -> bool:
